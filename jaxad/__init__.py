@@ -1,0 +1,1 @@
+"""jaxad: image anomaly detection in pure-functional JAX."""

@@ -1,0 +1,170 @@
+"""The vocabulary of jaxad: what data, scores, phases, methods and configs are.
+
+A method is a config, an `init`, a tuple of named phases and a `score`. A phase folds a pure
+`step(key, state, batch) -> (state, metrics)` over a stream of batches. Because nothing else is
+needed to train, one `fit` (see `jaxad.train`) trains every method, and it can be jitted whole,
+vmapped over seeds and hyper-parameters, and sharded over devices.
+
+Sizes in docstrings: B batch, H W C image, T frames of a clip, F stored pictures, N samples of a source.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+Array = jax.Array
+Config = typing.TypeVar("Config")
+
+
+class Batch(NamedTuple):
+    """B rows of a source: what every step sees."""
+
+    image: Array  # (B, H, W, C), or (B, T, H, W, C) for clips; float32 in [0, 1]
+    label: Array  # (B,) int32: 0 normal, 1 anomalous, -1 unknown
+    mask: Array  # (B, H, W) float32: 1 on anomalous pixels (of the target frame, for clips)
+    index: Array  # (B,) int32 row in the source; >= N on padding rows
+    valid: Array  # (B,) bool: False on padding rows
+
+
+class Scores(NamedTuple):
+    """Anomaly scores; higher is more anomalous."""
+
+    image: Array  # (B,) float32
+    map: Array  # (B, H, W) float32 at input resolution
+
+
+class Spec(NamedTuple):
+    """What `init` may know of the data before training: static shapes and sizes only."""
+
+    image: tuple[int, ...]  # (H, W, C) or (T, H, W, C)
+    sizes: Mapping[str, int]  # rows of each source
+
+
+class Preset(NamedTuple):
+    """One published (or sized) setting of a method: config fields and how to read the data."""
+
+    doc: str
+    config: Mapping[str, Any] = {}  # fields of the method's config
+    data: Mapping[str, Any] = {}  # keyword arguments of `jaxad.data.load`
+
+
+def keep(key: Array, state: Any) -> Any:
+    """The `finish` of a phase that needs none."""
+    del key
+    return state
+
+
+def stay(state: Any, images: Array, scores: Scores) -> Any:
+    """The `adapt` of a method that does not change at test time."""
+    del images, scores
+    return state
+
+
+def accept(cfg: Any, spec: Spec) -> None:
+    """The `check` of a method to which every config and picture size is fine."""
+    del cfg, spec
+
+
+class Phase(NamedTuple):
+    """A named fold of `step` over batches of one source."""
+
+    name: str
+    step: Callable  # (key, state, batch) -> (state, metrics: dict of scalars)
+    source: str = "train"  # "train" | "aux" | "holdout" | "labelled"
+    steps: int | None = None  # None: one ordered pass over the source, last batch padded
+    batch_size: int = 32
+    finish: Callable = keep  # (key, state) -> state, once, after the last step
+
+
+class Method(NamedTuple):
+    """An anomaly detection method. Its trained state is one pytree that holds its config."""
+
+    name: str
+    config: type  # frozen dataclass made by `config`
+    init: Callable  # (key, cfg, spec) -> state
+    phases: Callable  # (cfg) -> tuple[Phase, ...]; reads static fields only
+    score: Callable  # (state, images) -> Scores; pure, no key; row i depends on image i only
+    presets: Mapping[str, Preset]  # the first is the default; "cpu", if there, is it without an accelerator
+    adapt: Callable = stay  # (state, images, scores) -> state; test-time update
+    check: Callable = accept  # (cfg, spec) -> None; raises ValueError on the host, before any work
+
+
+def static(default: Any) -> Any:
+    """A config field that changes a shape, a loop length or a Python branch: part of the tree, not a leaf."""
+    return dataclasses.field(default=default, metadata={"static": True})
+
+
+@typing.dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(static,))
+def config(cls: type[Config]) -> type[Config]:
+    """Makes a class a frozen, keyword-only dataclass and a pytree.
+
+    Fields given by `static(...)` are metadata; every other field is a leaf, so it may be traced,
+    vmapped over, and changed without recompiling.
+    """
+    cls = dataclasses.dataclass(frozen=True, kw_only=True)(cls)
+    fields = dataclasses.fields(cls)
+    return jax.tree_util.register_dataclass(
+        cls,
+        data_fields=[f.name for f in fields if not f.metadata.get("static")],
+        meta_fields=[f.name for f in fields if f.metadata.get("static")],
+    )
+
+
+def is_static(cfg: Any, field: str) -> bool:
+    """Whether a config field forces a new compilation when it changes."""
+    return bool(cfg.__dataclass_fields__[field].metadata.get("static"))
+
+
+def as_arrays(cfg: Config) -> Config:
+    """The config with Python numbers turned into float32/int32 arrays, so that a state has one structure for life."""
+    return jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.result_type(float if isinstance(leaf, float) else leaf)), cfg)
+
+
+@config
+class Source:
+    """A set of samples on the device. A sample is one picture, or, where `start` is given, a clip of T frames."""
+
+    image: Array  # (F, H, W, C) uint8
+    label: Array  # (F,) int32: 0 normal, 1 anomalous, -1 unknown
+    mask: Array | None = None  # (F, H, W) uint8 0/1; None: no masks, read as all zero
+    start: Array | None = None  # (N,) int32 first frame of each clip; None: every picture is a sample
+    clip: int = static(1)  # T, frames a clip; used only with `start`
+    target: int = static(0)  # the frame of the clip whose label and mask are the sample's
+
+    def __len__(self) -> int:
+        return self.label.shape[0] if self.start is None else self.start.shape[0]
+
+    @property
+    def sample_shape(self) -> tuple[int, ...]:
+        """(H, W, C), or (T, H, W, C) for clips."""
+        shape = self.image.shape[1:]
+        return shape if self.start is None else (self.clip, *shape)
+
+
+def take(source: Source, rows: Array) -> tuple[Array, Array, Array]:
+    """Gathers samples: rows (B,) int32 in [0, N) -> images float32 in [0, 1], labels (B,), masks (B, H, W) float32."""
+    frames = rows if source.start is None else source.start[rows] + source.target
+    if source.start is None:
+        pixels = source.image[rows]
+    else:
+        pixels = source.image[source.start[rows][:, None] + jnp.arange(source.clip)]
+    height, width = source.image.shape[1:3]
+    if source.mask is None:
+        mask = jnp.zeros((*rows.shape, height, width), jnp.float32)
+    else:
+        mask = source.mask[frames].astype(jnp.float32)
+    return pixels.astype(jnp.float32) / 255, source.label[frames], mask
+
+
+def spec_of(data: Mapping[str, Source]) -> Spec:
+    """The static facts of a data set. Raises ValueError if its sources differ in sample shape."""
+    shapes = {name: source.sample_shape for name, source in data.items()}
+    if "train" not in shapes:
+        raise ValueError(f"data has no source named 'train'; got {sorted(shapes)}. Pass {{'train': Source(image=..., label=...)}}.")
+    return Spec(image=shapes["train"], sizes={name: len(source) for name, source in data.items()})
