@@ -129,11 +129,7 @@ class Console:
             self._bar.start()
         if phase not in self._tasks:
             self._tasks[phase] = self._bar.add_task(phase, total=steps, facts="")
-        task = self._tasks[phase]
-        self._bar.update(task, completed=step, total=steps, facts="  ".join(facts))
-        if step == steps:
-            self._bar.stop_task(task)
-            self._bar.refresh()
+        self._bar.update(self._tasks[phase], completed=step, total=steps, facts="  ".join(facts))
 
 
 def _new_bar(stream: TextIO) -> Any:
