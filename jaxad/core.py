@@ -123,7 +123,7 @@ def is_static(cfg: Any, field: str) -> bool:
 
 def as_arrays(cfg: Config) -> Config:
     """The config with Python numbers turned into float32/int32 arrays, so that a state has one structure for life."""
-    return jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.result_type(float if isinstance(leaf, float) else leaf)), cfg)
+    return jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.result_type(leaf)), cfg)
 
 
 @config
@@ -163,8 +163,9 @@ def take(source: Source, rows: Array) -> tuple[Array, Array, Array]:
 
 
 def spec_of(data: Mapping[str, Source]) -> Spec:
-    """The static facts of a data set. Raises ValueError if its sources differ in sample shape."""
-    shapes = {name: source.sample_shape for name, source in data.items()}
-    if "train" not in shapes:
-        raise ValueError(f"data has no source named 'train'; got {sorted(shapes)}. Pass {{'train': Source(image=..., label=...)}}.")
-    return Spec(image=shapes["train"], sizes={name: len(source) for name, source in data.items()})
+    """The static facts of a data set. Raises ValueError if it has no source named "train"."""
+    if "train" not in data:
+        raise ValueError(
+            f"data has no source named 'train'; got {sorted(data)}. Pass {{'train': Source(image=..., label=...)}}."
+        )
+    return Spec(image=data["train"].sample_shape, sizes={name: len(source) for name, source in data.items()})
