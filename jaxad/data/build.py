@@ -1,0 +1,211 @@
+"""A plan's pictures, decoded and packed into sources."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from jaxad.data import cache, decode, split, video
+from jaxad.data.dataset import DataError, Dataset, Rows
+from jaxad.data.records import ROLES, Plan, Record, count, few
+
+if TYPE_CHECKING:
+    from jaxad.core import Source
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """How samples are made of a plan's pictures. Checked on making."""
+
+    size: tuple[int, int]
+    channels: int = 3
+    holdout: float = 0.1
+    clip: int | None = None
+    clip_stride: int = 1
+    target: int = 0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if min(self.size) < 1:
+            raise ValueError(f"image_size is {self.size}; expected pixels, at least 1. Pass 256 or (height, width).")
+        if self.channels not in (1, 3):
+            raise ValueError(f"channels is {self.channels}; expected 1 (grey) or 3 (RGB). Pass channels=3.")
+        if not 0 <= self.holdout < 1:
+            raise ValueError(f"holdout is {self.holdout}; expected a fraction in [0, 1). Pass holdout=0.1.")
+        if self.clip is not None and (self.clip < 1 or not 0 <= self.target < self.clip or self.clip_stride < 1):
+            raise ValueError(
+                f"clip={self.clip}, target={self.target}, clip_stride={self.clip_stride}; expected clip >= 1, "
+                "0 <= target < clip and clip_stride >= 1. Pass clip=16, target=8."
+            )
+
+
+def build(plan: Plan, settings: Settings, *, name: str) -> Dataset:
+    """Reads a plan's pictures (or takes them from the cache) and packs them into sources.
+
+    Raises:
+      DataError: for the plan's first problem, or the first file that cannot be used.
+    """
+    if plan.problems:
+        raise DataError(plan.problems[0])
+    origin = plan.store.where("").rstrip("/")
+    if settings.clip is not None and not all(record.group for record in plan.records):
+        raise DataError(
+            f"{origin}: layout '{plan.layout}' has no videos to cut clips from. Leave out clip or pass layout='video'."
+        )
+    _check_memory(plan, settings, origin)
+    pixels = _pixels(plan, settings)
+    records = [_settled(plan, record, fact) for record, fact in zip(plan.records, pixels.facts, strict=True)]
+    roles, notes = split.roles(
+        records, holdout=settings.holdout, seed=settings.seed, clip=settings.clip or 1, origin=origin
+    )
+    sources, rows = {}, {}
+    for role in ROLES:
+        chosen = np.asarray([i for i, other in enumerate(roles) if other == role], np.int64)
+        if len(chosen):
+            sources[role], rows[role], short = _pack(records, pixels, chosen, settings)
+            if short:
+                notes.append(f"Videos of {role} with fewer than {settings.clip} frames are left out: {few(short)}.")
+            if not len(sources[role]):
+                raise DataError(f"{origin}: no video of {role} has {settings.clip} frames. Pass a smaller clip.")
+    if "test" not in sources:
+        notes.append("There is no test part: nothing to evaluate on.")
+    notes = [*plan.notes, *notes, *_remarks(records, pixels)]
+    content = [
+        (role, dataclasses.asdict(r), fact["digest"])
+        for role, r, fact in zip(roles, records, pixels.facts, strict=True)
+    ]
+    fingerprint = cache.key_of(decode.VERSION, dataclasses.asdict(settings), content)
+    return Dataset(name, plan.layout, sources, rows, tuple(notes), fingerprint)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Pixels:
+    """The decoded records of a plan."""
+
+    image: np.ndarray  # (F, H, W, C) uint8
+    mask: np.ndarray  # (K, H, W) uint8 0/1, of the records that have masks
+    facts: list[dict[str, Any]]  # a record each: digest, remark, defect_pixels as stored (None: no mask)
+    mask_row: np.ndarray  # (F,) row in `mask`; -1: none
+
+
+def _pixels(plan: Plan, settings: Settings) -> _Pixels:
+    mask_row = np.full(len(plan.records), -1)
+    masked = [i for i, record in enumerate(plan.records) if record.masks]
+    mask_row[masked] = np.arange(len(masked))
+    stamps = [(plan.store.where(n), plan.store.stamp(n)) for r in plan.records for n in (r.file, *r.masks)]
+    key = cache.key_of(decode.VERSION, settings.size, settings.channels, stamps)
+    if (stored := cache.read(key)) is not None:
+        return _Pixels(stored[0]["image"], stored[0]["mask"], stored[1], mask_row)
+    image = np.empty((len(plan.records), *settings.size, settings.channels), np.uint8)
+    mask = np.zeros((len(masked), *settings.size), np.uint8)
+
+    def decode_one(i: int) -> dict[str, Any]:
+        record = plan.records[i]
+        image[i], facts = decode.picture(plan.store, record.file, settings.size, settings.channels)
+        known = {"digest": facts.digest, "remark": facts.remark, "defect_pixels": None}
+        if record.masks:
+            marked, digest = decode.mask(plan.store, record.masks, plan.store.where(record.file), facts.size)
+            mask[mask_row[i]] = decode.shrink_mask(marked, settings.size)
+            known |= {"digest": f"{facts.digest} {digest}", "defect_pixels": int(marked.sum())}
+        return known
+
+    facts = list(decode.in_threads(decode_one, list(range(len(plan.records)))))
+    cache.write(key, {"image": image, "mask": mask}, facts)
+    return _Pixels(image, mask, facts, mask_row)
+
+
+def _settled(plan: Plan, record: Record, fact: dict[str, Any]) -> Record:
+    """The record with its label decided by its mask where the layout left that open."""
+    marked = bool(fact["defect_pixels"])
+    if record.label is None:
+        return dataclasses.replace(record, label=int(marked), defect=record.defect if marked else "good")
+    if record.label == 0 and marked:
+        mask, where = plan.store.where(record.masks[0]), plan.store.where(record.file)
+        raise DataError(
+            f"{mask}: marks {fact['defect_pixels']} pixels, but {where} counts as normal. "
+            "Empty the mask or correct the label."
+        )
+    return record
+
+
+def _pack(
+    records: Sequence[Record], pixels: _Pixels, chosen: np.ndarray, settings: Settings
+) -> tuple[Source, Rows, list[str]]:
+    """The source and rows of some records, and the videos too short for a clip."""
+    from jaxad.core import Source
+
+    mine = [records[i] for i in chosen]
+    label = np.asarray([record.label for record in mine], np.int32)
+    mask, usable = _masks(pixels, chosen, label)
+    start, frames, short = None, np.arange(len(chosen)), []
+    if settings.clip is not None:
+        start, short = video.starts([record.group for record in mine], settings.clip, settings.clip_stride)
+        frames = start + settings.target
+    source = Source(
+        image=_take(pixels.image, chosen),
+        label=label,
+        mask=mask,
+        start=start,
+        clip=settings.clip or 1,
+        target=settings.target,
+    )
+    rows = Rows(
+        files=tuple(mine[i].file for i in frames),
+        defects=tuple(mine[i].defect for i in frames),
+        groups=tuple(mine[i].group for i in frames),
+        has_mask=tuple(bool(usable[i]) for i in frames),
+    )
+    return source, rows, short
+
+
+def _masks(pixels: _Pixels, chosen: np.ndarray, label: np.ndarray) -> tuple[np.ndarray | None, np.ndarray]:
+    """Masks (N, H, W) of some records, None if no pixel is marked; and which of them pixel metrics may use."""
+    rows = pixels.mask_row[chosen]
+    if not pixels.mask[rows[rows >= 0]].any():
+        return None, np.zeros(len(chosen), bool)
+    mask = np.zeros((len(chosen), *pixels.mask.shape[1:]), np.uint8)
+    mask[rows >= 0] = pixels.mask[rows[rows >= 0]]
+    return mask, (label == 0) | mask.any(axis=(1, 2))
+
+
+def _take(array: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """array[rows], without a copy where the rows are neighbours."""
+    first, last = int(rows[0]), int(rows[-1])
+    return array[first : last + 1] if last - first + 1 == len(rows) else array[rows]
+
+
+def _remarks(records: Sequence[Record], pixels: _Pixels) -> list[str]:
+    notes = []
+    for remark in sorted({fact["remark"] for fact in pixels.facts} - {""}):
+        names = [r.file for r, fact in zip(records, pixels.facts, strict=True) if fact["remark"] == remark]
+        notes.append(f"{count(names, 'picture')}: {remark}: {few(names)}.")
+    empty, lost = [], []
+    for record, fact, row in zip(records, pixels.facts, pixels.mask_row, strict=True):
+        if record.label == 1 and row >= 0 and not pixels.mask[row].any():
+            (lost if fact["defect_pixels"] else empty).append(record.file)
+    if empty:
+        notes.append(
+            f"{count(empty, 'anomalous picture')} with an empty mask, left out of pixel metrics: {few(empty)}."
+        )
+    if lost:
+        notes.append(
+            f"{count(lost, 'mask')} lost all pixels when made smaller, left out of pixel metrics: {few(lost)}."
+        )
+    return notes
+
+
+def _check_memory(plan: Plan, settings: Settings, origin: str) -> None:
+    if not hasattr(os, "sysconf") or "SC_PHYS_PAGES" not in os.sysconf_names:
+        return
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    height, width = settings.size
+    needed = len(plan.records) * height * width * (settings.channels + 1)
+    if needed > 0.8 * memory:
+        raise DataError(
+            f"{origin}: {len(plan.records)} pictures of {height} x {width} need {needed / 2**30:.0f} GiB, this machine "
+            f"has {memory / 2**30:.0f}. Pass a smaller image_size, or stream them (jaxad.data.stream)."
+        )

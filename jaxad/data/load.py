@@ -1,0 +1,101 @@
+"""From a path or a name to a Dataset."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from jaxad.data import files, layouts, manifest
+from jaxad.data.build import Settings, build
+from jaxad.data.dataset import DataError, Dataset
+from jaxad.data.records import Plan
+
+
+def load(
+    where: str | os.PathLike | np.ndarray | Mapping[str, Any],
+    *,
+    image_size: int | tuple[int, int] = 256,
+    layout: str | None = None,
+    channels: int = 3,
+    normal_class: int | str | None = None,
+    holdout: float = 0.1,
+    clip: int | None = None,
+    clip_stride: int = 1,
+    target: int = 0,
+    seed: int = 0,
+) -> Dataset:
+    """Loads a data set as uint8 arrays ready for the device.
+
+    Args:
+      where: a folder, ZIP or table; "synthetic" or "synthetic:FAMILY"; "tfds:NAME[/config]"; an array of normal
+        pictures, or the arguments of `from_arrays` as a mapping.
+      image_size: pixels a side, or (height, width); pictures are resized to it, antialiased, masks by nearest pixel.
+      layout: how the pictures are arranged, one of `LAYOUTS`; None finds out.
+      channels: 1 or 3; grey pictures are repeated, colour ones turned grey.
+      normal_class: the class that is normal, by name or number, for sets of classes.
+      holdout: fraction of the normal training samples kept apart for calibration and thresholds (of videos, whole
+        ones); 0 for none. Where the layout has such a part, that is taken.
+      clip: frames a sample, for videos; None makes each frame a sample.
+      clip_stride: frames between the starts of neighbouring clips.
+      target: the frame of a clip, from 0, whose label and mask are the clip's.
+      seed: of what is chosen by chance: the holdout, and a test part where the layout has none.
+
+    Returns:
+      A Dataset with NumPy arrays inside; `to_device()` puts them on the device.
+
+    Raises:
+      DataError: the data cannot be used as it is; the message names the first file at fault.
+      ValueError: an option is out of its range.
+    """
+    height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
+    settings = Settings((height, width), channels, holdout, clip, clip_stride, target, seed)
+    if isinstance(where, np.ndarray | Mapping):
+        from jaxad.data.arrays import from_arrays
+
+        parts = where if isinstance(where, Mapping) else {"train": where}
+        return from_arrays(**parts, image_size=(height, width), channels=channels, holdout=holdout, seed=seed)
+    if str(where).partition(":")[0] == "synthetic":
+        from jaxad.data import synthetic
+
+        family = str(where).partition(":")[2] or None
+        return synthetic.load(family, image_size=image_size, channels=channels, seed=seed, holdout=holdout)
+    if str(where).startswith("tfds:"):
+        from jaxad.data import tfds
+
+        return build(tfds.plan(str(where)[5:], normal_class), settings, name=str(where))
+    path = pathlib.Path(where).resolve()
+    name = path.parent.name if files.suffix(path.name) in manifest.TABLES else path.name
+    return build(plan(where, layout=layout, normal_class=normal_class), settings, name=name)
+
+
+def plan(where: str | os.PathLike, *, layout: str | None = None, normal_class: int | str | None = None) -> Plan:
+    """Opens a folder, ZIP or table and says which picture plays which role, without reading any picture."""
+    store, layout = _open(pathlib.Path(where), layout)
+    name, view = layouts.recognise(store, layout)
+    return layouts.LAYOUTS[name].plan(view, normal_class)
+
+
+def _open(path: pathlib.Path, layout: str | None) -> tuple[Any, str | None]:
+    """The store at a path, and the layout if the path's kind implies one."""
+    if not os.path.lexists(path):
+        raise DataError(f"{path}: no such file or folder. Check the path, or pass 'synthetic'.")
+    if path.is_dir():
+        visa = path.parent / "split_csv"
+        if (path / "Data").is_dir() and visa.is_dir():  # one object of VisA: its table lies beside its folder
+            return files.Folder(path.parent, only=(path.name, "split_csv")), layout
+        inside = files.Folder(path)
+        zips = [name for name in inside.names if files.suffix(name) == ".zip"]
+        if len(zips) == 1 and not any(map(files.is_picture, inside.names)):
+            return files.Zip(path / zips[0]), layout
+        return inside, layout
+    if files.suffix(path.name) == ".zip":
+        return files.Zip(path), layout
+    if files.suffix(path.name) in manifest.TABLES:
+        return files.Folder(path.parent, only=(path.name,)), "manifest"
+    raise DataError(
+        f"{path}: a single file; expected a folder, a .zip or a table ({', '.join(sorted(manifest.TABLES))})."
+    )
