@@ -169,3 +169,11 @@ def spec_of(data: Mapping[str, Source]) -> Spec:
             f"data has no source named 'train'; got {sorted(data)}. Pass {{'train': Source(image=..., label=...)}}."
         )
     return Spec(image=data["train"].sample_shape, sizes={name: len(source) for name, source in data.items()})
+
+
+def select(source: Source, rows: Array) -> Source:
+    """The source made of the given samples, rows (n,) in [0, N)."""
+    if source.start is not None:
+        return dataclasses.replace(source, start=source.start[rows])
+    mask = None if source.mask is None else source.mask[rows]
+    return dataclasses.replace(source, image=source.image[rows], label=source.label[rows], mask=mask)
