@@ -43,7 +43,7 @@ class Settings:
             )
 
 
-def build(plan: Plan, settings: Settings, *, name: str) -> Dataset:
+def build(plan: Plan, settings: Settings, *, name: str, cached: bool = True) -> Dataset:
     """Reads a plan's pictures (or takes them from the cache) and packs them into sources.
 
     Raises:
@@ -57,8 +57,8 @@ def build(plan: Plan, settings: Settings, *, name: str) -> Dataset:
             f"{origin}: layout '{plan.layout}' has no videos to cut clips from. Leave out clip or pass layout='video'."
         )
     _check_memory(plan, settings, origin)
-    pixels = _pixels(plan, settings)
-    records = [_settled(plan, record, fact) for record, fact in zip(plan.records, pixels.facts, strict=True)]
+    pixels = _pixels(plan, settings, cached)
+    records = [settle(plan, record, fact) for record, fact in zip(plan.records, pixels.facts, strict=True)]
     roles, notes = split.roles(
         records, holdout=settings.holdout, seed=settings.seed, clip=settings.clip or 1, origin=origin
     )
@@ -73,7 +73,7 @@ def build(plan: Plan, settings: Settings, *, name: str) -> Dataset:
                 raise DataError(f"{origin}: no video of {role} has {settings.clip} frames. Pass a smaller clip.")
     if "test" not in sources:
         notes.append("There is no test part: nothing to evaluate on.")
-    notes = [*plan.notes, *notes, *_remarks(records, pixels)]
+    notes = [*plan.notes, *notes, *remarks(records, pixels.facts), *_lost(records, pixels)]
     content = [
         (role, dataclasses.asdict(r), fact["digest"])
         for role, r, fact in zip(roles, records, pixels.facts, strict=True)
@@ -92,13 +92,13 @@ class _Pixels:
     mask_row: np.ndarray  # (F,) row in `mask`; -1: none
 
 
-def _pixels(plan: Plan, settings: Settings) -> _Pixels:
+def _pixels(plan: Plan, settings: Settings, cached: bool) -> _Pixels:
     mask_row = np.full(len(plan.records), -1)
     masked = [i for i, record in enumerate(plan.records) if record.masks]
     mask_row[masked] = np.arange(len(masked))
     stamps = [(plan.store.where(n), plan.store.stamp(n)) for r in plan.records for n in (r.file, *r.masks)]
     key = cache.key_of(decode.VERSION, settings.size, settings.channels, stamps)
-    if (stored := cache.read(key)) is not None:
+    if cached and (stored := cache.read(key)) is not None:
         return _Pixels(stored[0]["image"], stored[0]["mask"], stored[1], mask_row)
     image = np.empty((len(plan.records), *settings.size, settings.channels), np.uint8)
     mask = np.zeros((len(masked), *settings.size), np.uint8)
@@ -114,12 +114,22 @@ def _pixels(plan: Plan, settings: Settings) -> _Pixels:
         return known
 
     facts = list(decode.in_threads(decode_one, list(range(len(plan.records)))))
-    cache.write(key, {"image": image, "mask": mask}, facts)
+    if cached:
+        cache.write(key, {"image": image, "mask": mask}, facts)
     return _Pixels(image, mask, facts, mask_row)
 
 
-def _settled(plan: Plan, record: Record, fact: dict[str, Any]) -> Record:
-    """The record with its label decided by its mask where the layout left that open."""
+def settle(plan: Plan, record: Record, fact: dict[str, Any]) -> Record:
+    """The record with its label decided by its mask where the layout left that open.
+
+    Args:
+      plan: of the record, for messages.
+      record: to settle.
+      fact: what was read: "defect_pixels" of its masks, None without any.
+
+    Raises:
+      DataError: the mask of a normal picture marks pixels.
+    """
     marked = bool(fact["defect_pixels"])
     if record.label is None:
         return dataclasses.replace(record, label=int(marked), defect=record.defect if marked else "good")
@@ -178,24 +188,26 @@ def _take(array: np.ndarray, rows: np.ndarray) -> np.ndarray:
     return array[first : last + 1] if last - first + 1 == len(rows) else array[rows]
 
 
-def _remarks(records: Sequence[Record], pixels: _Pixels) -> list[str]:
-    notes = []
-    for remark in sorted({fact["remark"] for fact in pixels.facts} - {""}):
-        names = [r.file for r, fact in zip(records, pixels.facts, strict=True) if fact["remark"] == remark]
+def remarks(records: Sequence[Record], facts: Sequence[dict[str, Any]]) -> list[str]:
+    """Notes on what decoding did, from each record's facts: "remark" and "defect_pixels"."""
+    notes, pairs = [], list(zip(records, facts, strict=True))
+    for remark in sorted({fact["remark"] for fact in facts} - {""}):
+        names = [record.file for record, fact in pairs if fact["remark"] == remark]
         notes.append(f"{count(names, 'picture')}: {remark}: {few(names)}.")
-    empty, lost = [], []
-    for record, fact, row in zip(records, pixels.facts, pixels.mask_row, strict=True):
-        if record.label == 1 and row >= 0 and not pixels.mask[row].any():
-            (lost if fact["defect_pixels"] else empty).append(record.file)
+    empty = [record.file for record, fact in pairs if record.label == 1 and fact["defect_pixels"] == 0]
     if empty:
         notes.append(
             f"{count(empty, 'anomalous picture')} with an empty mask, left out of pixel metrics: {few(empty)}."
         )
-    if lost:
-        notes.append(
-            f"{count(lost, 'mask')} lost all pixels when made smaller, left out of pixel metrics: {few(lost)}."
-        )
     return notes
+
+
+def _lost(records: Sequence[Record], pixels: _Pixels) -> list[str]:
+    found = zip(records, pixels.facts, pixels.mask_row, strict=True)
+    lost = [record.file for record, fact, row in found if fact["defect_pixels"] and not pixels.mask[row].any()]
+    return (
+        [f"{count(lost, 'mask')} lost all pixels when resized, left out of pixel metrics: {few(lost)}."] if lost else []
+    )
 
 
 def _check_memory(plan: Plan, settings: Settings, origin: str) -> None:

@@ -87,15 +87,21 @@ def picture(store, name: str, size: tuple[int, int], channels: int) -> tuple[np.
     """
     from PIL import Image
 
-    image, facts = open_picture(store, name)
-    image, remark = _eight_bits(image, store.where(name))
+    image, facts = full_picture(store, name)
     grey = image.mode == "L" or channels == 1
     image = image.convert("L" if grey else "RGB")
     if (image.height, image.width) != size:
         image = image.resize(size[::-1], Image.Resampling.BILINEAR)
     pixels = np.asarray(image)
     pixels = np.repeat(pixels[..., None], channels, axis=-1) if grey else pixels
-    return pixels, dataclasses.replace(facts, remark=facts.remark or remark)
+    return pixels, facts
+
+
+def full_picture(store, name: str):
+    """Reads one picture at its own size: a PIL image of 8 bits and its Facts. Raises DataError, see `picture`."""
+    image, facts = open_picture(store, name)
+    image, remark = _eight_bits(image, store.where(name))
+    return image, dataclasses.replace(facts, remark=facts.remark or remark)
 
 
 def _eight_bits(image, where: str):
@@ -172,8 +178,15 @@ def shrink_mask(marked: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """Resizes a bool mask to (H, W) uint8 0/1 by the nearest pixel."""
     from PIL import Image
 
-    image = Image.fromarray(marked.astype(np.uint8))
+    image = Image.fromarray(marked.astype(np.uint8))  # not as_image: the result counts in 0 and 1
     return np.asarray(image if marked.shape == size else image.resize(size[::-1], Image.Resampling.NEAREST))
+
+
+def as_image(marked: np.ndarray):
+    """A bool mask as a PIL image of 0 and 255."""
+    from PIL import Image
+
+    return Image.fromarray(marked.astype(np.uint8) * 255)
 
 
 def in_threads(action: Callable, items: list) -> Iterator:

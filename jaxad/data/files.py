@@ -106,6 +106,16 @@ class Folder:
         return _guard(self.where(name), _read)
 
 
+class Loose:
+    """Files anywhere, named by their paths."""
+
+    def where(self, name: str) -> str:
+        return name
+
+    def read(self, name: str) -> bytes:
+        return _guard(name, _read)
+
+
 class Zip:
     """The members of a ZIP file. Reading is thread-safe."""
 

@@ -63,17 +63,20 @@ def load(
 
         family = str(where).partition(":")[2] or None
         return synthetic.load(family, image_size=image_size, channels=channels, seed=seed, holdout=holdout)
+    made = plan(where, layout=layout, normal_class=normal_class)
     if str(where).startswith("tfds:"):
-        from jaxad.data import tfds
-
-        return build(tfds.plan(str(where)[5:], normal_class), settings, name=str(where))
+        return build(made, settings, name=str(where)[5:])
     path = pathlib.Path(where).resolve()
     name = path.parent.name if files.suffix(path.name) in manifest.TABLES else path.name
-    return build(plan(where, layout=layout, normal_class=normal_class), settings, name=name)
+    return build(made, settings, name=name)
 
 
 def plan(where: str | os.PathLike, *, layout: str | None = None, normal_class: int | str | None = None) -> Plan:
-    """Opens a folder, ZIP or table and says which picture plays which role, without reading any picture."""
+    """Opens a folder, ZIP, table or "tfds:NAME" and says which picture plays which role, without reading any."""
+    if str(where).startswith("tfds:"):
+        from jaxad.data import tfds
+
+        return tfds.plan(str(where)[5:], normal_class)
     store, layout = _open(pathlib.Path(where), layout)
     name, view = layouts.recognise(store, layout)
     return layouts.LAYOUTS[name].plan(view, normal_class)
@@ -95,7 +98,7 @@ def _open(path: pathlib.Path, layout: str | None) -> tuple[Any, str | None]:
     if files.suffix(path.name) == ".zip":
         return files.Zip(path), layout
     if files.suffix(path.name) in manifest.TABLES:
-        return files.Folder(path.parent, only=(path.name,)), "manifest"
+        return files.Folder(path.parent, only=(path.name,)), layout or "manifest"
     raise DataError(
         f"{path}: a single file; expected a folder, a .zip or a table ({', '.join(sorted(manifest.TABLES))})."
     )
