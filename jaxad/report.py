@@ -80,7 +80,7 @@ def write_report(
         _headline(report, table),
         _remarks(report, table),
         _curves_section(report, table),
-        _pictures_section(pictures, table),
+        _pictures_section(pictures, scores),
         _types_section(report, table),
         _videos_section(report, table),
         _training_section(history),
@@ -131,15 +131,20 @@ class _Table(NamedTuple):
     file: list[str]
     defect: list[str]
     label: np.ndarray  # (N,) int
-    predicted: np.ndarray  # (N,) bool
+    predicted: np.ndarray  # (N,) int, -1 where there is no threshold
     score: np.ndarray  # (N,) float
     normalised: np.ndarray  # (N,) float, NaN where there is no threshold
     broken: int  # rows left out
 
+    @property
+    def is_judged(self) -> bool:
+        """Whether a threshold was applied."""
+        return bool(np.any(self.predicted >= 0))
+
     def flagged(self, label: int) -> tuple[int, int]:
         """(flagged, all) rows of a label."""
         mine = self.label == label
-        return int(np.sum(mine & self.predicted)), int(np.sum(mine))
+        return int(np.sum(mine & (self.predicted == 1))), int(np.sum(mine))
 
 
 def _read(rows: Sequence[Mapping[str, Any]]) -> _Table:
@@ -148,7 +153,7 @@ def _read(rows: Sequence[Mapping[str, Any]]) -> _Table:
         file=[str(row.get("file", "")) for row in kept],
         defect=[str(row.get("defect") or "") for row in kept],
         label=np.array([_label(row.get("label")) for row in kept], int),
-        predicted=np.array([_number(row.get("predicted")) == 1 for row in kept], bool),
+        predicted=np.array([_label(row.get("predicted")) for row in kept], int),
         score=np.array([_number(row["score"]) for row in kept], float),
         normalised=np.array([_number(row.get("score_normalised")) for row in kept], float),
         broken=len(rows) - len(kept),
@@ -176,17 +181,19 @@ def _sentence(words: tuple[str, str], table: _Table) -> str:
     caught, anomalous = table.flagged(1)
     alarms, normal = table.flagged(0)
     flagged, unknown = table.flagged(-1)
+    if not table.file:
+        return f"No {words[1]} were scored: there was no test set."
+    if not table.is_judged:
+        return f"{_count(len(table.file), words)} scored; none flagged or passed, for there is no threshold."
     parts = []
     if anomalous:
         parts.append(
-            f"of {_count(anomalous, words, 'anomalous')} {_is(caught)} flagged and {anomalous - caught} missed"
+            f"of {_count(anomalous, words, 'anomalous ')} {_is(caught)} flagged and {anomalous - caught} missed"
         )
     if normal:
-        parts.append(f"of {_count(normal, words, 'normal')} {_is(alarms)} flagged by mistake")
+        parts.append(f"of {_count(normal, words, 'normal ')} {_is(alarms)} flagged by mistake")
     if unknown:
-        parts.append(f"of {_count(unknown, words, 'unlabelled')} {_is(flagged)} flagged, rightly or not is unknown")
-    if not parts:
-        return f"No {words[1]} were scored: there was no test set."
+        parts.append(f"of {_count(unknown, words, 'unlabelled ')} {_is(flagged)} flagged, rightly or not is unknown")
     text = "; ".join(parts)
     if normal and not anomalous:
         text += f". No anomalous {words[1]} were given, so how many would be found is not known"
@@ -195,8 +202,8 @@ def _sentence(words: tuple[str, str], table: _Table) -> str:
     return text[0].upper() + text[1:] + "."
 
 
-def _count(number: int, words: tuple[str, str], kind: str) -> str:
-    return f"{number:,} {kind} {words[number != 1]}"
+def _count(number: int, words: tuple[str, str], kind: str = "") -> str:
+    return f"{number:,} {kind}{words[number != 1]}"
 
 
 def _is(number: int) -> str:
@@ -321,36 +328,36 @@ def choose(rows: Sequence[Any], *, each: int = 4) -> dict[str, list[int]]:
     """Which samples tell most about a run, as indices by group; groups without samples are left out.
 
     Groups: "caught" (highest first, one of each defect type before a second one), "missed" (lowest first), "alarms"
-    (highest first), "passed" (normal, nearest to the threshold first), "high" and "low" (without label).
+    (highest first), "passed" (normal, nearest to the threshold first), "high" and "low" (without label or threshold).
 
     Args:
       rows: rows of scores.csv or Pictures.
       each: the most samples of a group.
     """
-    facts = [_facts(row) for row in rows]
-    order = sorted((i for i, fact in enumerate(facts) if math.isfinite(fact[2])), key=lambda i: -facts[i][2])
-    of = {key: [i for i in order if facts[i][:2] == key] for key in ((1, 1), (1, 0), (0, 1), (0, 0), (-1, 1), (-1, 0))}
-    unknown = [i for i in order if facts[i][0] == -1]
-    groups = {
-        "caught": _round_robin(of[1, 1], [fact[3] for fact in facts])[:each],
-        "missed": of[1, 0][::-1][:each],
-        "alarms": of[0, 1][:each],
-        "passed": of[0, 0][:each],
-        "high": unknown[:each],
-        "low": unknown[each:][::-1][:each],
+    groups = _grouped(rows)
+    undecided = groups.pop("undecided")
+    groups = {name: found[:each] for name, found in groups.items()}
+    groups |= {"high": undecided[:each], "low": undecided[each:][::-1][:each]}
+    return {name: found for name, found in groups.items() if found}
+
+
+def _grouped(rows: Sequence[Any]) -> dict[str, list[int]]:
+    """All rows with a finite score by what became of them, the most telling first."""
+    dicts = [row._asdict() if isinstance(row, Picture) else row for row in rows]
+    order = [i for i, row in enumerate(dicts) if math.isfinite(_number(row.get("score")))]
+    order.sort(key=lambda i: -_number(dicts[i]["score"]))
+    outcomes = [(_label(row.get("label")), _label(row.get("predicted"))) for row in dicts]
+
+    def of(*outcome: int) -> list[int]:
+        return [i for i in order if outcomes[i] == outcome]
+
+    return {
+        "caught": _round_robin(of(1, 1), [str(row.get("defect")) for row in dicts]),
+        "missed": of(1, 0)[::-1],
+        "alarms": of(0, 1),
+        "passed": of(0, 0),
+        "undecided": [i for i in order if -1 in outcomes[i]],
     }
-    return {name: rows for name, rows in groups.items() if rows}
-
-
-def _facts(row: Any) -> tuple[int, int, float, str]:
-    """(label, predicted, score, defect) of a row of scores.csv or a Picture."""
-    row = row._asdict() if isinstance(row, Picture) else row
-    return (
-        _label(row.get("label")),
-        int(_number(row.get("predicted")) == 1),
-        _number(row.get("score")),
-        str(row.get("defect") or ""),
-    )
 
 
 def _round_robin(order: list[int], kinds: list[str]) -> list[int]:
@@ -431,27 +438,25 @@ _GROUPS = {
     "missed": ("Missed", "anomalous, but below the threshold; the lowest scores first"),
     "alarms": ("False alarms", "normal, but flagged; the highest scores first"),
     "passed": ("Normal and passed", "the ones nearest to a false alarm first"),
-    "high": ("Highest scores", "no labels: whether they are anomalous is not known"),
-    "low": ("Lowest scores", "no labels: whether they are normal is not known"),
+    "high": ("Highest scores", "no label or no threshold: whether they are flagged rightly is not known"),
+    "low": ("Lowest scores", "no label or no threshold: whether they are passed rightly is not known"),
 }
 
 
-def _pictures_section(pictures: Sequence[Picture], table: _Table) -> str:
+def _pictures_section(pictures: Sequence[Picture], scores: Sequence[Mapping[str, Any]]) -> str:
     groups = choose(pictures)
     if not groups:
         return ""
     low, high = colour_scale(pictures)
-    totals = {"caught": (1, True), "missed": (1, False), "alarms": (0, True), "passed": (0, False)}
+    totals = {name: len(found) for name, found in _grouped(scores).items()}
     for side in _SIDES:
         parts = []
         for name, rows in groups.items():
             heading, doc = _GROUPS[name]
-            label, flagged = totals.get(name, (-1, None))
-            mine = (table.label == label) & (True if flagged is None else table.predicted == flagged)
-            total = max(int(np.sum(mine)), len(rows))
-            cards = "".join(_card(_fit(pictures[i], side), low, high, pictures[i].image.shape) for i in rows)
+            total = max(totals.get(name, totals["undecided"]), len(rows))
             shown = f"{len(rows)} of {total:,} shown: " if total > len(rows) else ""
-            parts.append(f'<h3>{heading} <small>{total:,} · {shown}{doc}</small></h3><div class="cards">{cards}</div>')
+            cards = "".join(_card(_fit(pictures[i], side), low, high, pictures[i].image.shape) for i in rows)
+            parts.append(f'<h3>{heading} <small>{shown}{doc}</small></h3><div class="cards">{cards}</div>')
         body = "".join(parts)
         if len(body) <= _PICTURE_BYTES:
             break
@@ -518,8 +523,10 @@ def _headline(report: Mapping[str, Any], table: _Table) -> str:
         _share_card("Anomalous and flagged", *table.flagged(1), "good", f"no anomalous {words[1]} in the test set"),
         _share_card("False alarms", *table.flagged(0), "bad", f"no normal {words[1]} in the test set"),
     ]
-    if not any(table.flagged(label)[1] for label in (0, 1)):
-        cards = [_share_card("Flagged", *table.flagged(-1), "bad", "no test set")]
+    if not table.is_judged:
+        cards = []
+    elif not any(table.flagged(label)[1] for label in (0, 1)):
+        cards = [_share_card("Flagged", *table.flagged(-1), "bad")]
     for key in ("image_auroc", "pixel_auroc", "aupro"):
         name, doc = _METRICS[key]
         value = _number(report.get(key))
@@ -536,7 +543,7 @@ def _headline(report: Mapping[str, Any], table: _Table) -> str:
     return _section("", body)
 
 
-def _share_card(name: str, hits: int, total: int, kind: str, why_missing: str) -> str:
+def _share_card(name: str, hits: int, total: int, kind: str, why_missing: str = "") -> str:
     if not total:
         return _stat(name, "–", why_missing, math.nan)
     low, high = _interval(hits, total)
@@ -617,11 +624,12 @@ def _types_section(report: Mapping[str, Any], table: _Table) -> str:
         row = given.get(name, {})
         mine = np.array([defect == name for defect in table.defect], bool)
         total = int(row.get("images", np.sum(mine)))
-        hits = int(row.get("detected", np.sum(mine & table.predicted)))
+        hits = int(row.get("detected", np.sum(mine & (table.predicted == 1))))
         kind = "bad" if name in normal else "good"
         share = 100 * hits / total if total else 0
         bar = f'<i class="meter {kind}"><i style="width:{share:.1f}%"></i></i>'
-        cells = [_escape(name), f"{total:,}", f'<span class="flagged">{hits:,} ({share:.0f}%){bar}</span>']
+        flagged = f'<span class="flagged">{hits:,} ({share:.0f}%){bar}</span>' if table.is_judged else "–"
+        cells = [_escape(name), f"{total:,}", flagged]
         rows.append([*cells, _fixed(row.get("image_auroc")), _fixed(row.get("pixel_auroc"))])
     head = ["type", _words(report)[1], "flagged", "image AUROC", "pixel AUROC"]
     dots = _strips(table)
@@ -760,6 +768,7 @@ def _svg(figure: Any, label: str) -> str:
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
     text = re.sub(r'<g id="[^"]*">', "<g>", text)
     text = re.sub(r"font: ([\d.]+px)[^;\"]*", r"font-size: \1", text)
+    text = re.sub(r"font-family: [^;\"]*;? ?", "", text)
     for stand_in, variable in _VARIABLES.items():
         text = text.replace(stand_in, f"var(--{variable})")
     start = text.index(">")
@@ -832,7 +841,8 @@ def _roc(report: Mapping[str, Any], table: _Table) -> str:
     _curve(axes, fpr, tpr)
     caught, anomalous = table.flagged(1)
     alarms, normal = table.flagged(0)
-    _mark_point(axes, alarms / normal, caught / anomalous)
+    if table.is_judged:
+        _mark_point(axes, alarms / normal, caught / anomalous)
     return _svg(figure, "ROC curve")
 
 
