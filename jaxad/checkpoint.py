@@ -71,4 +71,7 @@ def restore(folder: pathlib.Path, template: Any) -> Saved:
             raise ValueError(
                 f"{folder} has checkpoint format {meta['format']}; this jaxad reads up to {FORMAT}. Upgrade jaxad."
             )
-        return Saved(step, checkpointer.load(step, template), meta)
+        # restored for the devices of this machine, whichever it was saved on
+        here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        placed = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here), template)
+        return Saved(step, checkpointer.load(step, placed), meta)

@@ -56,7 +56,7 @@ class MemAEConfig:
     batch_size: int = static(32)
     dtype: str = static("float32")  # of convolutions: "float32" | "bfloat16"
     conv_impl: str = static("auto")  # "auto" | "conv" | "gemm"
-    read_impl: str = static("auto")  # memory read: "auto" | "naive" | "fused" | "pallas"
+    read_impl: str = static("fused")  # memory read: "fused" | "naive" | "pallas"
     learning_rate: float = 1e-4  # Adam, betas 0.9 and 0.999
     entropy_weight: float = 2e-4  # alpha
     shrink_threshold: float = 1 / 2000  # lambda; the paper advises 1/N to 3/N, 0 turns shrinkage off

@@ -1,0 +1,63 @@
+"""Every method keeps what style.md section 8 asks of it."""
+
+import pytest
+import toy
+from conformance import (
+    Case,
+    check_cuts,
+    check_leaves,
+    check_passes,
+    check_recompiles,
+    check_rows,
+    check_saved,
+    check_seeds,
+    check_sharded,
+    check_structure,
+    make_data,
+)
+
+from jaxad import methods
+
+# What a method needs beyond its preset "tiny" to run in seconds: a smaller picture, a few steps.
+SMALL = {
+    "memae": {
+        "steps": 5,
+        "batch_size": 8,
+        "encoder": (8, 16),
+        "decoder": (8,),
+        "num_items": 20,
+        "shrink_threshold": 0.04,
+    },
+}
+CHANGE = {"memae": {"smooth_sigma": 60.0}}
+
+
+@pytest.fixture(scope="module", params=["toy", *methods.METHODS])
+def case(request):
+    if request.param == "toy":
+        return Case(toy.METHOD, toy.ToyConfig(), make_data((8, 8, 3)))
+    method = methods.get(request.param)
+    cfg = method.config(**{**method.presets["tiny"].config, **SMALL.get(request.param, {})})
+    return Case(method, cfg, make_data((8, 8, 3)), CHANGE.get(request.param, {}))
+
+
+@pytest.mark.parametrize(
+    "check",
+    [
+        check_structure,
+        check_cuts,
+        check_seeds,
+        check_leaves,
+        check_recompiles,
+        check_rows,
+        check_passes,
+        check_sharded,
+    ],
+    ids=lambda check: check.__name__.removeprefix("check_"),
+)
+def test_conformance(case, check):
+    check(case)
+
+
+def test_saved(case, tmp_path):
+    check_saved(case, tmp_path)
