@@ -467,6 +467,8 @@ def _pictures_section(pictures: Sequence[Picture], scores: Sequence[Mapping[str,
         '<p class="hint">One colour scale of map scores for all pictures. Cyan outline: the true defect, where a '
         "mask is given. Scores are normalised: 0 is the median of held-out normal images, 1 the threshold.</p>"
     )
+    if high <= low:
+        scale = '<p class="hint">The maps are constant: this run does not tell where an image is anomalous.</p>'
     return _section("Pictures", scale + body)
 
 
@@ -579,7 +581,7 @@ def _remarks(report: Mapping[str, Any], table: _Table) -> str:
             f'<p class="alert"><b>The test set was used for: {what}.</b> Figures that depend on it are optimistic.</p>'
         )
     notes = _warnings(report, table) + [str(note) for note in report.get("notes") or []]
-    if used is not None and not used:
+    if table.file and used is not None and not used:
         notes.append("The test set was used for these figures only: not for training, validation or the threshold.")
     if notes:
         parts.append(f"<ul>{''.join(f'<li>{_escape(note)}</li>' for note in notes)}</ul>")
@@ -783,14 +785,14 @@ _NO_METADATA = ("Date", "Creator", "Format", "Type")
 
 def _histogram(table: _Table) -> str:
     values, limit, name = _scores_axis(table)
-    figure, axes = _axes("How scores spread", name, "images")
+    figure, axes = _axes("How scores spread", name, "count")
     squash = _squash(values, limit)
     edges = np.linspace(*_padded(squash(values)), 41)
     for kind, colour, mine in _each_kind(table):
         axes.hist(squash(values[mine]), edges, color=colour, histtype="stepfilled", alpha=0.5, linewidth=0, label=kind)
         axes.hist(squash(values[mine]), edges, color=colour, histtype="step", linewidth=1.2)
-    _mark_threshold(axes, squash, limit, vertical=True)
-    _squashed_ticks(axes, squash, values)
+    _mark_threshold(axes.axvline, squash, limit)
+    _squashed_ticks(axes.set_xticks, squash, values)
     axes.yaxis.get_major_locator().set_params(integer=True)
     axes.grid(axis="x", visible=False)
     _legend(axes)
@@ -811,8 +813,8 @@ def _strips(table: _Table) -> str:
         height = line + 0.5 * (np.arange(len(rows)) * 0.618 % 1 - 0.5)  # golden-ratio jitter: even, no random numbers
         colours = [_KINDS[label][1] for label in table.label[rows]]
         axes.scatter(squash(values[rows]), height, s=14, c=colours, alpha=0.6, linewidths=0)
-    _mark_threshold(axes, squash, limit, vertical=True)
-    _squashed_ticks(axes, squash, values)
+    _mark_threshold(axes.axvline, squash, limit)
+    _squashed_ticks(axes.set_xticks, squash, values)
     axes.set_yticks(range(len(names)), [_plain(kind[:24]) for kind in names])
     axes.grid(axis="y", visible=False)
     return _svg(figure, "Scores by type")
@@ -820,15 +822,16 @@ def _strips(table: _Table) -> str:
 
 def _timeline(table: _Table, rows: list[int]) -> str:
     values, limit, name = _scores_axis(table)
-    rows = [rows[i] for i in _thin(len(rows), _ENOUGH_POINTS)]
+    squash = _squash(values, limit)
+    frames = _thin(len(rows), _ENOUGH_POINTS)
+    shown = np.array(rows)[frames]
     figure, axes = _axes("", "frame", "score", size=(4.2, 1.9))
-    at = np.arange(len(rows))
-    low, high = _padded(values)
-    shade = np.where(table.label[rows] == 1, high, low)
-    axes.fill_between(at, low, shade, step="mid", color=_ANOMALOUS, alpha=0.18, linewidth=0)
-    axes.plot(at, values[rows], color=_NORMAL, linewidth=1.2)
-    if limit is not None:
-        axes.axhline(limit, color=_INK, linewidth=1, linestyle=(0, (3, 2)))
+    low, high = _padded(squash(values))
+    shade = np.where(table.label[shown] == 1, high, low)
+    axes.fill_between(frames, low, shade, step="mid", color=_ANOMALOUS, alpha=0.18, linewidth=0)
+    axes.plot(frames, squash(values[shown]), color=_NORMAL, linewidth=1.2)
+    _mark_threshold(axes.axhline, squash, limit)
+    _squashed_ticks(axes.set_yticks, squash, values, apart=0.2)
     axes.set_ylim(low, high)
     return _svg(figure, f"Scores over time, {name}")
 
@@ -853,7 +856,8 @@ def _precision_recall(report: Mapping[str, Any], table: _Table) -> str:
         f"Precision and recall, AP {_fixed(report.get('image_ap'))}", "anomalous flagged (recall)", "flagged rightly"
     )
     axes.axhline(np.mean(table.label[known]), color=_MUTED, linewidth=0.8, linestyle=(0, (3, 2)))
-    _curve(axes, recall[1:], precision[1:], drawstyle="steps-pre")
+    precision[0] = precision[1]  # drawn from recall 0 on, so that a lone point (all scores tied) shows
+    _curve(axes, recall, precision, drawstyle="steps-pre")
     caught, alarms = table.flagged(1)[0], table.flagged(0)[0]
     if caught + alarms:
         _mark_point(axes, caught / table.flagged(1)[1], caught / (caught + alarms))
@@ -904,17 +908,17 @@ def _squash(values: np.ndarray, limit: float | None) -> Any:
     return np.arcsinh if limit is not None and np.max(np.abs(values)) > 8 * limit else np.asarray
 
 
-def _squashed_ticks(axes: Any, squash: Any, values: np.ndarray) -> None:
+def _squashed_ticks(put: Any, squash: Any, values: np.ndarray, *, apart: float = 0.07) -> None:
     if squash is np.asarray:
         return
     low, high = _padded(squash(values))
     sizes = [base * 10.0**power for power in range(13) for base in (1, 3)]
     ticks: list[float] = []
     for tick in sorted([0.0, *sizes, *[-size for size in sizes]]):
-        far_enough = not ticks or squash(tick) - squash(ticks[-1]) > 0.07 * (high - low)
+        far_enough = not ticks or squash(tick) - squash(ticks[-1]) > apart * (high - low)
         if low <= squash(tick) <= high and far_enough:
             ticks.append(tick)
-    axes.set_xticks([float(squash(tick)) for tick in ticks], [f"{tick:g}" for tick in ticks])
+    put([float(squash(tick)) for tick in ticks], [f"{tick:g}" for tick in ticks])
 
 
 def _padded(values: np.ndarray) -> tuple[float, float]:
@@ -946,9 +950,9 @@ def _mark_point(axes: Any, x: float, y: float) -> None:
     _legend(axes, loc="lower right" if y > 0.5 else "upper right")
 
 
-def _mark_threshold(axes: Any, squash: Any, limit: float | None, *, vertical: bool) -> None:
+def _mark_threshold(draw: Any, squash: Any, limit: float | None) -> None:
     if limit is not None:
-        axes.axvline(float(squash(limit)), color=_INK, linewidth=1.1, linestyle=(0, (3, 2)), label="threshold")
+        draw(float(squash(limit)), color=_INK, linewidth=1.1, linestyle=(0, (3, 2)), label="threshold")
 
 
 def _legend(axes: Any, **where: Any) -> None:

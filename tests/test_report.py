@@ -386,6 +386,7 @@ def test_plots_follow_the_page_and_sections_come_with_their_data(pages):
     assert re.findall("<h2>(.*?)</h2>", page(pages, "no test set")) == ["Notes", "Training", "Time"]
     assert "ROC curve" not in page(pages, "only normals")
     assert page(pages, "video").count('aria-label="Scores over time') == 3
+    assert "The maps are constant" in page(pages, "constant") and "The maps are constant" not in full
 
 
 @pytest.mark.parametrize("case", CASES)
