@@ -17,7 +17,7 @@ __version__ = "0.1.0"
 
 _WHERE = {
     "Batch": "jaxad.core",
-    "Detector": "jaxad.runs",
+    "Detector": "jaxad.detector",
     "Method": "jaxad.core",
     "Phase": "jaxad.core",
     "Scores": "jaxad.core",

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
+import importlib.util
+import pathlib
 
 from jaxad.core import Method
 
@@ -16,3 +19,11 @@ def get(name: str) -> Method:
     if name not in METHODS:
         raise ValueError(f"method {name!r} is unknown; expected one of {sorted(METHODS)}. `jaxad list` describes them.")
     return importlib.import_module(METHODS[name]).METHOD
+
+
+def summary(name: str) -> str:
+    """First line of a method's paper card, read without importing the method."""
+    spec = importlib.util.find_spec(METHODS[name])
+    assert spec is not None and spec.origin is not None
+    card = ast.get_docstring(ast.parse(pathlib.Path(spec.origin).read_text(encoding="utf-8")))
+    return (card or "").partition("\n")[0]

@@ -1,0 +1,6 @@
+"""`python -m jaxad` is `jaxad`."""
+
+from jaxad.cli import main
+
+if __name__ == "__main__":
+    main()

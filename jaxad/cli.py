@@ -1,0 +1,290 @@
+"""The command line. Nothing heavy is imported before a command needs it: `jaxad --help` knows no jax."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import sys
+from typing import Any, Literal
+
+import tyro
+
+from jaxad import cache
+from jaxad.console import Console
+
+_FAILED, _INTERRUPTED = 2, 130
+
+app = tyro.extras.SubcommandApp()
+Flag = tyro.conf.FlagCreatePairsOff[bool]
+
+
+@app.command(name="demo")
+def demo(*, out: str | None = None, seed: int = 0, quiet: Flag = False) -> None:
+    """Train and evaluate a detector on the embedded synthetic pictures; prints a table, leaves a report.
+
+    Args:
+      out: folder of the run; a new one below runs/ if not given.
+      seed: of data order, initialisation and the pictures.
+      quiet: print nothing.
+    """
+    from jaxad import files, settings
+
+    console = Console(quiet)
+    folder = pathlib.Path(out) if out else files.free_folder(pathlib.Path("runs"), "demo")
+    report = _train(settings.Settings(method="memae", preset="demo", seed=seed), folder, console, untrained=True)
+    before = {"detector": "untrained", "image AUROC": report["untrained_image_auroc"]}
+    console.table([{"detector": "trained", **_measures(report)}, before])
+    console.say(f"Look at {folder / 'report.html'}")
+
+
+@app.command(name="train")
+def train(
+    method: tyro.conf.Positional[str],
+    *,
+    data: str | None = None,
+    layout: str | None = None,
+    image_size: str | None = None,
+    normal_class: str | None = None,
+    holdout: float | None = None,
+    preset: str | None = None,
+    set: tyro.conf.UseAppendAction[list[str]] = [],  # noqa: A002, B006 - the flag's name; tyro copies it
+    config: str | None = None,
+    seed: int | None = None,
+    dtype: Literal["float32", "bfloat16"] | None = None,
+    fpr: float | None = None,
+    threshold: Literal["holdout", "f1max"] = "holdout",
+    out: str | None = None,
+    resume: Flag = False,
+    quiet: Flag = False,
+) -> None:
+    """Train a method, calibrate it on held-out normal pictures, evaluate it, and write a run folder.
+
+    Args:
+      method: name of a method (see `jaxad list`).
+      data: folder, ZIP or table of pictures, `synthetic`, `synthetic:FAMILY` or `tfds:NAME`.
+      layout: how the pictures are arranged, if it is not recognised.
+      image_size: pixels a side, or HEIGHTxWIDTH; the preset's if not given.
+      normal_class: the class that is normal, for sets of classes.
+      holdout: share of the normal training pictures kept for the threshold.
+      preset: named settings of the method (see `jaxad list`).
+      set: field=value of the method's config; may be repeated.
+      config: file with settings, YAML or JSON, such as the config.json of a run; flags win.
+      seed: of everything that is drawn.
+      dtype: of the heavy arithmetic.
+      fpr: share of normal pictures that may be called anomalous.
+      threshold: from held-out normals, or F1-max on the labelled test pictures (optimistic; the report says so).
+      out: folder of the run; a new one below runs/ if not given.
+      resume: go on from the last checkpoint in the folder, if there is one.
+      quiet: print nothing.
+    """
+    from jaxad import files, settings
+
+    console = Console(quiet)
+    base: dict[str, Any] = settings.read_file(config) if config else {}
+    if resume and out and (pathlib.Path(out) / "config.json").exists() and not config:
+        base = settings.read_file(pathlib.Path(out) / "config.json")
+    fields = {**base.get("config", {}), **({"dtype": dtype} if dtype else {}), **settings.parse_assignments(set)}
+    given = {
+        "data": data,
+        "layout": layout,
+        "image_size": _image_size(image_size),
+        "normal_class": normal_class,
+        "holdout": holdout,
+        "preset": preset,
+        "seed": seed,
+        "fpr": fpr,
+    }
+    given = {name: value for name, value in given.items() if value is not None}
+    chosen = settings.from_json({**base, **given, "method": method, "config": fields}, origin=config or "settings")
+    name = f"{method}-{pathlib.PurePath(chosen.data).name.replace(':', '-')}"
+    folder = pathlib.Path(out) if out else files.free_folder(pathlib.Path("runs"), name)
+    report = _train(chosen, folder, console, resume=resume, f1max=threshold == "f1max")
+    console.table([{"method": method, **_measures(report)}])
+    console.say(f"Look at {folder / 'report.html'}")
+
+
+@app.command(name="eval")
+def evaluate(
+    run: tyro.conf.Positional[str],
+    *,
+    data: str | None = None,
+    fpr: float | None = None,
+    threshold: Literal["holdout", "f1max"] = "holdout",
+    out: str | None = None,
+    quiet: Flag = False,
+) -> None:
+    """Evaluate a trained run again: on other data, or at another threshold.
+
+    Args:
+      run: folder of the run.
+      data: other data to test on; its normal training pictures are not used. The run's own if not given.
+      fpr: another false-positive rate, for a threshold from the run's held-out normals.
+      threshold: from held-out normals, or F1-max on the labelled test pictures (optimistic; the report says so).
+      out: folder for report and scores; RUN/eval if not given.
+      quiet: print nothing.
+    """
+    from jaxad import files, runs
+
+    console = Console(quiet)
+    folder = pathlib.Path(out) if out else files.free_folder(pathlib.Path(run), "eval")
+    report = runs.eval_run(run, folder, data=data, fpr=fpr, f1max=threshold == "f1max", console=console)
+    console.table([{"method": report["method"], **_measures(report)}])
+    console.say(f"Look at {folder / 'report.html'}")
+
+
+@app.command(name="predict")
+def predict(
+    run: tyro.conf.Positional[str],
+    paths: tyro.conf.Positional[tuple[str, ...]],
+    *,
+    out: str | None = None,
+    save_maps: str | None = None,
+    quiet: Flag = False,
+) -> None:
+    """Score pictures with a trained run; CSV rows file, score, score_normalised, predicted.
+
+    Args:
+      run: folder of the run.
+      paths: picture files, folders of pictures, or - for a list of files on standard input.
+      out: CSV file to write; standard output if not given.
+      save_maps: folder for heat maps laid over the pictures.
+      quiet: print no remarks.
+    """
+    from jaxad import runs
+
+    listed = [line.rstrip("\n") for line in sys.stdin if line.strip()] if "-" in paths else []
+    wanted = [path for path in paths if path != "-"] + listed
+    runs.predict_run(run, wanted, out=out, save_maps=save_maps, console=Console(quiet))
+
+
+@app.command(name="export")
+def export(run: tyro.conf.Positional[str], *, out: str, platforms: tuple[str, ...] = ("cpu", "cuda", "tpu")) -> None:
+    """Write a trained run as StableHLO that needs only jax: uint8 pictures in, image scores and maps out.
+
+    Args:
+      run: folder of the run.
+      out: file to write.
+      platforms: where it shall run.
+    """
+    from jaxad import runs
+    from jaxad.export import export_score
+
+    detector = runs.load_detector(run)
+    artefact = export_score(detector.method, detector.state, detector.spec, platforms=platforms)
+    pathlib.Path(out).write_bytes(artefact)
+
+
+@app.command(name="info")
+def info(*, env: Flag = False) -> None:
+    """Show version, device and caches.
+
+    Args:
+      env: all that a run records of its environment, as JSON.
+    """
+    import json
+
+    from jaxad import files
+
+    facts = files.environment()
+    if env:
+        print(json.dumps(facts, indent=2))
+        return
+    versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
+    print(f"{versions}\nPython {facts['python']}, {facts['platform']}")
+    print(f"device: {facts['device']} x {facts['devices']}\ncache: {cache.folder('xla') or 'off'}")
+
+
+@app.command(name="data")
+def data(
+    action: tyro.conf.Positional[Literal["check"]],
+    path: tyro.conf.Positional[str],
+    *,
+    layout: str | None = None,
+    normal_class: str | None = None,
+    holdout: float = 0.1,
+) -> None:
+    """Look through data without training: counts, sizes, roles, what is skipped and why. Fails on problems.
+
+    Args:
+      action: check.
+      path: folder, ZIP or table of pictures.
+      layout: how the pictures are arranged, if it is not recognised.
+      normal_class: the class that is normal, for sets of classes.
+      holdout: share of the normal training pictures kept for the threshold.
+    """
+    del action
+    from jaxad.data import check
+
+    report = check(path, layout=layout, normal_class=normal_class, holdout=holdout)
+    print(report)
+    if report.problems:
+        sys.exit(1)
+
+
+@app.command(name="list")
+def list_methods() -> None:
+    """List the methods and their presets."""
+    from jaxad import methods
+
+    for name in methods.METHODS:
+        print(f"{name}: {methods.summary(name)}")
+        for preset, facts in methods.get(name).presets.items():
+            print(f"    {preset:10} {facts.doc}")
+
+
+def _train(chosen, folder: pathlib.Path, console: Console, **options: Any) -> dict[str, Any]:
+    from jaxad import runs
+
+    try:
+        return runs.train_run(chosen, folder, console=console, **options)[1]
+    except runs.Interrupted as stop:
+        console.close()
+        print(f"{stop}; go on with: jaxad train {chosen.method} --out {folder} --resume", file=sys.stderr)
+        sys.exit(_INTERRUPTED)
+
+
+def _measures(report: dict[str, Any]) -> dict[str, Any]:
+    names = {
+        "image AUROC": "image_auroc",
+        "image AP": "image_ap",
+        "image F1-max": "image_f1max",
+        "pixel AUROC": "pixel_auroc",
+        "AUPRO": "aupro",
+        "threshold": "threshold",
+        "train s": "train_seconds",
+        "compile s": "compile_seconds",
+    }
+    return {title: report.get(name) for title, name in names.items()}
+
+
+def _image_size(text: str | None) -> int | tuple[int, int] | None:
+    if text is None:
+        return None
+    parts = text.lower().split("x")
+    if len(parts) > 2 or not all(part.isdigit() and int(part) for part in parts):
+        raise ValueError(
+            f"--image-size {text!r}; expected pixels a side, such as 128, or HEIGHTxWIDTH, such as 96x128."
+        )
+    return int(parts[0]) if len(parts) == 1 else (int(parts[0]), int(parts[1]))
+
+
+def _use_compile_cache() -> None:
+    """Compiled programs outlive the process, unless JAXAD_CACHE=off or jax was told where to keep them."""
+    folder = cache.folder("xla")
+    if folder is None:
+        return
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(folder))
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Runs a command; what the user got wrong is one line on standard error and exit status 2."""
+    _use_compile_cache()
+    try:
+        app.cli(prog="jaxad", description="Image anomaly detection in JAX.", args=arguments)
+    except (ValueError, FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError) as error:
+        if os.environ.get("JAXAD_DEBUG"):
+            raise
+        print(f"jaxad: {error}", file=sys.stderr)
+        sys.exit(_FAILED)
