@@ -47,7 +47,7 @@ def natural(name: str) -> tuple:
 
 
 def is_picture(name: str) -> bool:
-    return suffix(name) in PICTURES
+    return suffix(name) in PICTURES and not is_junk(name)
 
 
 def is_junk(name: str) -> bool:

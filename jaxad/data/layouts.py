@@ -56,7 +56,7 @@ def recognise(store, layout: str | None = None) -> tuple[str, object]:
         fitting = [name for name in ([layout] if layout else LAYOUTS) if LAYOUTS[name].fits(view)]
         if fitting:
             return fitting[0], view
-        tops = {name.split("/")[0] for name in view.names if files.is_picture(name) and not files.is_junk(name)}
+        tops = {name.split("/")[0] for name in view.names if files.is_picture(name)}
         if len(tops) != 1 or f"{min(tops)}/" not in {name[: len(min(tops)) + 1] for name in view.names}:
             break
         view = files.Below(view, f"{min(tops)}/")
@@ -64,10 +64,8 @@ def recognise(store, layout: str | None = None) -> tuple[str, object]:
 
 
 def _why_nothing_fits(store, layout: str | None) -> str:
-    if store.problems:
-        return store.problems[0]
     here = store.where("").rstrip("/")
-    pictures = [name for name in store.names if files.is_picture(name) and not files.is_junk(name)]
+    pictures = [name for name in store.names if files.is_picture(name)]
     if not pictures:
         found = f"only {few(store.names)}" if store.names else "nothing"
         return f"{here}: no pictures in it; found {found}. Give a folder with {LAYOUTS['mvtec'].looks_like}."
@@ -142,7 +140,7 @@ def _normal_folder(store) -> str | None:
 
 
 def _folder_fits(store) -> bool:
-    pictures = [name for name in store.names if files.is_picture(name) and not files.is_junk(name)]
+    pictures = [name for name in store.names if files.is_picture(name)]
     flat = bool(pictures) and all("/" not in name for name in pictures)
     return flat or _normal_folder(store) is not None
 
@@ -183,7 +181,7 @@ def _class_of(name: str) -> tuple[str, str] | None:
 
 
 def _classes_fits(store) -> bool:
-    found = {_class_of(name) for name in store.names if files.is_picture(name) and not files.is_junk(name)} - {None}
+    found = {_class_of(name) for name in store.names if files.is_picture(name)} - {None}
     return len({name for _, name in found}) > 1
 
 

@@ -77,28 +77,36 @@ def plan(where: str | os.PathLike, *, layout: str | None = None, normal_class: i
         from jaxad.data import tfds
 
         return tfds.plan(str(where)[5:], normal_class)
-    store, layout = _open(pathlib.Path(where), layout)
-    name, view = layouts.recognise(store, layout)
-    return layouts.LAYOUTS[name].plan(view, normal_class)
+    path = pathlib.Path(where)
+    store = _open(path)
+    if files.suffix(path.name) in manifest.TABLES and layout in (None, "manifest"):
+        return manifest.plan_table(store, path.name)
+    try:
+        name, view = layouts.recognise(store, layout)
+        return layouts.LAYOUTS[name].plan(view, normal_class)
+    except DataError:
+        if store.problems:  # what could not be read may be why the rest makes no sense
+            raise DataError(store.problems[0]) from None
+        raise
 
 
-def _open(path: pathlib.Path, layout: str | None) -> tuple[Any, str | None]:
-    """The store at a path, and the layout if the path's kind implies one."""
+def _open(path: pathlib.Path) -> Any:
+    """The store at a path."""
     if not os.path.lexists(path):
         raise DataError(f"{path}: no such file or folder. Check the path, or pass 'synthetic'.")
     if path.is_dir():
         visa = path.parent / "split_csv"
         if (path / "Data").is_dir() and visa.is_dir():  # one object of VisA: its table lies beside its folder
-            return files.Folder(path.parent, only=(path.name, "split_csv")), layout
+            return files.Folder(path.parent, only=(path.name, "split_csv"))
         inside = files.Folder(path)
         zips = [name for name in inside.names if files.suffix(name) == ".zip"]
         if len(zips) == 1 and not any(map(files.is_picture, inside.names)):
-            return files.Zip(path / zips[0]), layout
-        return inside, layout
+            return files.Zip(path / zips[0])
+        return inside
     if files.suffix(path.name) == ".zip":
-        return files.Zip(path), layout
+        return files.Zip(path)
     if files.suffix(path.name) in manifest.TABLES:
-        return files.Folder(path.parent, only=(path.name,)), layout or "manifest"
+        return files.Folder(path.parent, only=(path.name,))
     raise DataError(
         f"{path}: a single file; expected a folder, a .zip or a table ({', '.join(sorted(manifest.TABLES))})."
     )

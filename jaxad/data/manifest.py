@@ -12,7 +12,8 @@ from jaxad.data import files
 from jaxad.data.dataset import DataError
 from jaxad.data.records import ANOMALOUS_NAMES, NORMAL_NAMES, UNDECIDED, Plan, Record, count, few, finish
 
-TABLES = frozenset([".csv", ".tsv", ".jsonl", ".ndjson"])
+_JSON = frozenset([".jsonl", ".ndjson"])
+TABLES = _JSON | {".csv", ".tsv"}
 _COLUMNS = {  # a column's meaning -> the names it may have
     "image": ("image", "image_path", "path", "file", "filename", "file_name"),
     "mask": ("mask", "mask_path"),
@@ -57,7 +58,7 @@ def plan_table(store, table: str, layout: str = "manifest") -> Plan:
     columns = _meanings(header(store, table))
     if "image" not in columns:
         raise DataError(
-            f"{store.where(table)}: no column 'image' (it has {', '.join(header(store, table))}). "
+            f"{store.where(table)}: no column 'image' (it has {', '.join(header(store, table)) or 'none'}). "
             "Name the column of paths so."
         )
     if not columns.keys() & {"split", "label", "defect", "mask"}:
@@ -109,20 +110,28 @@ def _one_object(store, table: str, lines: list) -> list:
 
 def header(store, table: str) -> list[str]:
     """The column names of a table: its first line, or the keys of its first JSON object."""
-    for _, row in rows(store, table):
-        return list(row)
-    return []
+    if files.suffix(table) in _JSON:
+        return next((list(row) for _, row in rows(store, table)), [])
+    try:
+        return list(_reader(store, table).fieldnames or [])
+    except csv.Error as error:
+        raise DataError(f"{store.where(table)}, line 1: not CSV ({error}). Correct the line.") from None
+
+
+def _reader(store, table: str) -> csv.DictReader:
+    delimiter = "\t" if files.suffix(table) == ".tsv" else ","
+    return csv.DictReader(
+        io.StringIO(files.text_of(store, table), newline=""), delimiter=delimiter, skipinitialspace=True
+    )
 
 
 def rows(store, table: str) -> Iterator[tuple[int, dict[str, str]]]:
     """Yields (line number, row). Raises DataError naming the line that cannot be read."""
-    text, where = files.text_of(store, table), store.where(table)
-    if files.suffix(table) in (".jsonl", ".ndjson"):
-        yield from _json_rows(text, where)
+    where = store.where(table)
+    if files.suffix(table) in _JSON:
+        yield from _json_rows(files.text_of(store, table), where)
         return
-    reader = csv.DictReader(
-        io.StringIO(text, newline=""), delimiter="\t" if files.suffix(table) == ".tsv" else ",", skipinitialspace=True
-    )
+    reader = _reader(store, table)
     try:
         for row in reader:
             if None in row or None in row.values():

@@ -25,7 +25,7 @@ def find(paths: Iterable[str | os.PathLike]) -> list[str]:
         store = files.Folder(path)
         if store.problems:
             raise DataError(store.problems[0])
-        below = [os.path.join(path, name) for name in store.names if files.is_picture(name) and not files.is_junk(name)]
+        below = [os.path.join(path, name) for name in store.names if files.is_picture(name)]
         if not below:
             raise DataError(f"{path}: no pictures in this folder. Give a folder with pictures, or files.")
         found += below

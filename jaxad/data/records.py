@@ -63,7 +63,7 @@ def finish(plan: Plan, ignored: Iterable[str] = (), twins: bool = True) -> Plan:
     others = [name for name in left if not files.is_picture(name)]
     if pictures:
         plan.notes.append(
-            f"{count(pictures, 'picture')} lie outside the layout '{plan.layout}' and are not used: {few(pictures)}."
+            f"{count(pictures, 'picture')} outside the layout '{plan.layout}', not used: {few(pictures)}."
         )
     if others:
         plan.notes.append(f"{count(others, 'file')} skipped, not pictures: {few(others)}.")
