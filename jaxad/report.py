@@ -764,7 +764,7 @@ def _svg(figure: Any, label: str) -> str:
 
     buffer = io.StringIO()
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": label}):
-        figure.savefig(buffer, format="svg", transparent=True, metadata=dict.fromkeys(_NO_METADATA))
+        figure.savefig(buffer, format="svg", transparent=True)
     text = buffer.getvalue()
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
@@ -778,9 +778,6 @@ def _svg(figure: Any, label: str) -> str:
     assert box is not None  # matplotlib always writes one
     opening = f'<svg {box[0]} role="img" aria-label="{_escape(label)}" xmlns:xlink="http://www.w3.org/1999/xlink"'
     return f'<div class="plot">{opening}{text[start:]}</div>'
-
-
-_NO_METADATA = ("Date", "Creator", "Format", "Type")
 
 
 def _histogram(table: _Table) -> str:

@@ -73,12 +73,15 @@ def test_terminal_gets_a_bar_and_remarks_stay_whole():
     log = Terminal()
     path = "runs/[red]" + "x" * 200  # rich would wrap it and read [red] as a colour
     with console.Console(log=log) as show:
+        show.progress("compile", 0, None)
+        show.progress("compile", 1, 1)
         show.progress("train", 0, 10)
         show.progress("train", 5, 10, {"loss": 0.125}, 512.0)
         show.say(f"checkpoint written to {path}")
         show.progress("train", 10, 10, {"loss": 0.0625}, 512.0)
     text = log.getvalue()
     assert "\x1b[?25l" in text and text.rindex("\x1b[?25h") > text.rindex("\x1b[?25l")  # cursor hidden, then back
+    assert text.split("compile")[-1].split("train")[0].count("100%") == 1  # known only after it began
     assert "100%" in text and "loss 0.0625" in text and "512 images/s" in text
     assert f"checkpoint written to {path}\n" in text
 

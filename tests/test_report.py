@@ -218,6 +218,7 @@ def test_headline_states_shares_threshold_and_why_a_metric_is_missing(pages):
 def test_use_of_the_test_set_is_shown_either_way(pages):
     assert '<p class="alert"><b>The test set was used for: the threshold (F1-max).</b>' in page(pages, "two pictures")
     assert "The test set was used for these figures only" in page(pages, "full")
+    assert "The test set was used" not in page(pages, "no test set")
 
 
 def test_warns_of_more_false_alarms_than_chance_of_guessing_and_of_broken_scores(tmp_path):
@@ -261,6 +262,8 @@ def test_heat_map_keeps_one_scale():
     drawn = report.heat_map(ramp, low=0.0, high=1.0)
     light = drawn.astype(float) @ [0.2126, 0.7152, 0.0722]
     assert (np.diff(light[0]) > 0).all() and light[0, 0] < 5 and light[0, -1] > 230
+    moved = report.heat_map(2 * ramp + 3, low=3.0, high=5.0)
+    np.testing.assert_allclose(moved.astype(int), drawn, atol=6)  # one colour step: float32 rounds 2 x + 3
     wider = report.heat_map(np.concatenate([ramp, ramp * 9], 1), low=0.0, high=1.0)
     np.testing.assert_array_equal(wider[:, :50], drawn)  # a hot neighbour changes nothing
     np.testing.assert_array_equal(wider[:, -1], drawn[:, -1])  # beyond high: clipped
@@ -393,6 +396,8 @@ def test_plots_follow_the_page_and_sections_come_with_their_data(pages):
 def test_page_is_one_small_file_that_asks_for_nothing(pages, case):
     text = page(pages, case)
     assert len(text.encode()) < 3_000_000
+    assert '<meta name="viewport" content="width=device-width' in text  # phones zoom out without it
+    assert "<metadata" not in text  # a date in it would make equal runs differ
     for value in re.findall(r"""(?:src|href|srcset|data|action)\s*=\s*["']([^"']*)""", text):
         assert value.startswith(("data:image/", "#")), value[:80]
     assert not re.search(r"@import|url\((?!#)", text)
