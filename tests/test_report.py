@@ -497,10 +497,8 @@ def test_browser_paints_it(pages, browser, tmp_path, width, height):
         "utf-8",
     )
     shot = tmp_path / "shot.png"
-    settle = (
-        "--run-all-compositor-stages-before-draw",
-        "--virtual-time-budget=2000",
-    )  # else a busy machine omits tiles
+    # without these a busy machine leaves tiles out
+    settle = ("--run-all-compositor-stages-before-draw", "--virtual-time-budget=2000")
     browser(*settle, f"--screenshot={shot}", f"--window-size={max(width, 600)},{height}", wrapper.as_uri())
     pixels = np.asarray(Image.open(shot).convert("RGB"))[:height, :width]
     assert pixels.shape == (height, width, 3)
