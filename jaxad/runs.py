@@ -92,11 +92,13 @@ def train_run(
     console = console or Console(quiet=True)
     method = methods.get(chosen.method)
     chosen, cfg = settings.resolve(method, chosen)
+    if out is not None and (pathlib.Path(out) / "config.json").exists() and not resume:
+        raise ValueError(f"{out} holds a run already; pass --resume to go on with it, or another --out.")
     began = time.perf_counter()
     data = data or load(chosen.data, seed=chosen.seed, **chosen.load_arguments())
     spec = spec_of(_training_sources(data))
     method.check(cfg, spec)
-    folder = _open_folder(out, chosen, data, spec, resume=resume)
+    folder = _open_folder(out, chosen, data, spec)
     data = data.to_device()
     load_seconds = time.perf_counter() - began
     console.say(_describe(chosen, data, spec))
@@ -442,8 +444,8 @@ def read_config(folder: pathlib.Path) -> tuple[settings.Settings, Spec]:
     return settings.from_json(settings.read_file(path), origin=str(path)), spec
 
 
-def _open_folder(out, chosen, data, spec, *, resume) -> pathlib.Path | None:
-    """Makes the run folder and writes what is known before training; refuses to mix two runs."""
+def _open_folder(out, chosen, data, spec) -> pathlib.Path | None:
+    """Makes the run folder and writes what is known before training; refuses to resume with other settings."""
     if out is None:
         return None
     folder = pathlib.Path(out)
@@ -451,8 +453,6 @@ def _open_folder(out, chosen, data, spec, *, resume) -> pathlib.Path | None:
     config["fingerprint"] = data.fingerprint
     if (folder / "config.json").exists():
         before = json.loads((folder / "config.json").read_text())
-        if not resume:
-            raise ValueError(f"{folder} holds a run already; pass --resume to go on with it, or another --out.")
         if before != config:
             changed = sorted(name for name in config if before.get(name) != config[name])
             raise ValueError(

@@ -169,4 +169,4 @@ def _example(default: Any) -> str:
 
 def _nearest(name: str, names: list[str]) -> str:
     found = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
-    return f"; did you mean {found[0]!r}?" if found else ""
+    return f" (did you mean {found[0]!r}?)" if found else ""

@@ -1,0 +1,144 @@
+"""Convolutions against slow loops, the flat initialisation, smoothing."""
+
+import itertools
+
+import flax.linen as flax_nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy import ndimage
+
+from jaxad.nn import conv, init
+from jaxad.ops.smooth import gaussian_smooth
+
+
+def correlate_loop(image, kernel, strides, padding):
+    """Cross-correlation, one output at a time."""
+    rank = len(strides)
+    padded = np.pad(image, ((0, 0), *padding, (0, 0)))
+    taps = kernel.shape[:rank]
+    sizes = [(n - t) // s + 1 for n, t, s in zip(padded.shape[1:-1], taps, strides, strict=True)]
+    out = np.zeros((image.shape[0], *sizes, kernel.shape[-1]))
+    for at in itertools.product(*map(range, sizes)):
+        window = padded[(slice(None), *(slice(a * s, a * s + t) for a, s, t in zip(at, strides, taps, strict=True)))]
+        out[(slice(None), *at)] = np.tensordot(window, kernel, axes=rank + 1)
+    return out
+
+
+def transposed_loop(image, kernel, strides, output_padding):
+    """Dilate by the stride, pad (1, 1 + output_padding), correlate."""
+    sizes = [(n - 1) * s + 1 for n, s in zip(image.shape[1:-1], strides, strict=True)]
+    dilated = np.zeros((image.shape[0], *sizes, image.shape[-1]))
+    dilated[(slice(None), *(slice(None, None, s) for s in strides))] = image
+    return correlate_loop(dilated, kernel, [1] * len(strides), [(1, 1 + o) for o in output_padding])
+
+
+@pytest.mark.parametrize("impl", ["conv", "gemm"])
+@pytest.mark.parametrize(
+    "spatial, taps, strides, padding",
+    [
+        ((7, 6), (3, 3), (2, 2), ((1, 1), (1, 1))),
+        ((8, 5), (1, 1), (2, 2), ((0, 0), (0, 0))),
+        ((4, 5, 6), (3, 3, 3), (1, 2, 2), ((1, 1),) * 3),
+        ((6, 6), (4, 4), (2, 2), ((1, 2), (0, 1))),
+    ],
+)
+def test_correlate(impl, spatial, taps, strides, padding):
+    rng = np.random.default_rng(0)
+    image, kernel = rng.normal(size=(2, *spatial, 3)), rng.normal(size=(*taps, 3, 5))
+    got = conv.correlate(jnp.float32(image), jnp.float32(kernel), strides=strides, padding=padding, impl=impl)
+    np.testing.assert_allclose(got, correlate_loop(image, kernel, strides, padding), atol=1e-4)
+
+
+@pytest.mark.parametrize("impl", ["conv", "gemm"])
+@pytest.mark.parametrize(
+    "spatial, strides, output_padding",
+    [
+        ((4, 4), (2, 2), (0, 0)),
+        ((3, 5), (2, 2), (1, 0)),
+        ((2, 3, 4), (1, 2, 2), (0, 1, 1)),
+        ((2, 2, 3), (2, 2, 2), (1, 1, 0)),
+    ],
+)
+def test_correlate_transposed(impl, spatial, strides, output_padding):
+    rng = np.random.default_rng(1)
+    image, kernel = rng.normal(size=(2, *spatial, 3)), rng.normal(size=(*(3,) * len(spatial), 3, 4))
+    expected = transposed_loop(image, kernel, strides, output_padding)
+
+    def run(x, k):
+        return conv.correlate_transposed(x, k, strides=strides, output_padding=output_padding, impl=impl)
+
+    args = jnp.float32(image), jnp.float32(kernel)
+    np.testing.assert_allclose(run(*args), expected, atol=1e-4)
+    # the gradient of <g, f(x, k)> in k is linear in x: compare with the loop's at one direction
+    g, direction = rng.normal(size=expected.shape), rng.normal(size=kernel.shape)
+    grad = jax.grad(lambda k: jnp.vdot(jnp.float32(g), run(args[0], k)))(args[1])
+    slope = np.vdot(g, transposed_loop(image, direction, strides, output_padding))
+    np.testing.assert_allclose(np.vdot(grad, direction), slope, rtol=1e-4)
+
+
+def test_impls_agree_under_vmapped_kernels():
+    rng = np.random.default_rng(2)
+    images, kernels = jnp.float32(rng.normal(size=(3, 2, 6, 6, 4))), jnp.float32(rng.normal(size=(3, 3, 3, 4, 5)))
+
+    def run(impl):
+        def one(x, k):
+            return conv.correlate(x, k, strides=(2, 2), padding=((1, 1), (1, 1)), impl=impl)
+
+        return jax.vmap(one)(images, kernels)
+
+    np.testing.assert_allclose(run("gemm"), run("conv"), atol=1e-4)
+
+
+def test_unknown_impl_is_refused():
+    with pytest.raises(ValueError, match="conv_impl='fft' is unknown"):
+        conv.choose_impl("fft", 8)
+
+
+def test_bias_before_normalisation_gets_no_gradient():
+    layer = conv.Conv(4, (3, 3), (2, 2), (1, 1), normalised=True)
+    x = jnp.ones((1, 4, 4, 2))
+    params = init.init_flat(jax.random.key(0), layer, x)["params"]
+    grads = jax.grad(lambda p: layer.apply({"params": p}, x).sum())(params)
+    assert not grads["bias"].any() and grads["kernel"].any()
+
+
+class Two(flax_nn.Module):
+    @flax_nn.compact
+    def __call__(self, x):
+        a = self.param("a", init.normal(0.5, mean=2.0), (40, 50))
+        b = self.param("b", init.uniform(0.1), (3000,))
+        return x + a.sum() + b.sum()
+
+
+def test_flat_init_draws_the_distributions_asked_for():
+    params = init.init_flat(jax.random.key(0), Two(), jnp.zeros(()))["params"]
+    assert abs(float(params["a"].mean()) - 2) < 0.05 and abs(float(params["a"].std()) - 0.5) < 0.03
+    assert float(params["b"].min()) < -0.095 and 0.095 < float(params["b"].max()) <= 0.1
+    assert abs(float(params["b"].std()) - 0.1 / 3**0.5) < 0.003
+    correlation = np.corrcoef(params["a"].ravel()[:2000], params["b"][:2000])[0, 1]
+    assert abs(correlation) < 0.1, "two parameters were cut from the same numbers"
+
+
+def test_flat_init_is_one_draw():
+    jaxpr = str(jax.make_jaxpr(lambda key: init.init_flat(key, Two(), jnp.zeros(())))(jax.random.key(0)))
+    assert jaxpr.count("random_bits") == 1
+
+
+def test_flat_init_under_vmap_equals_a_loop():
+    keys = jax.vmap(jax.random.key)(jnp.arange(3))
+    stacked = jax.vmap(lambda key: init.init_flat(key, Two(), jnp.zeros(())))(keys)["params"]
+    for i in range(3):
+        alone = init.init_flat(jax.random.key(i), Two(), jnp.zeros(()))["params"]
+        np.testing.assert_array_equal(stacked["b"][i], alone["b"])
+    assert (stacked["b"][0] != stacked["b"][1]).any()
+
+
+def test_smoothing_equals_scipy_away_from_borders_and_keeps_constants():
+    maps = np.random.default_rng(0).normal(size=(2, 40, 50)).astype(np.float32)
+    got = gaussian_smooth(jnp.asarray(maps), sigma=2.0)
+    expected = np.stack([ndimage.gaussian_filter(m, 2.0, truncate=8) for m in maps])
+    np.testing.assert_allclose(got[:, 12:-12, 12:-12], expected[:, 12:-12, 12:-12], atol=1e-5)
+    np.testing.assert_allclose(gaussian_smooth(jnp.ones((1, 9, 7)), sigma=4.0), 1, rtol=1e-6)
+    np.testing.assert_allclose(gaussian_smooth(jnp.asarray(maps), sigma=0.0), maps, atol=1e-6)
