@@ -64,8 +64,8 @@ def read_memory(
     Reverse-mode differentiable in queries, memory and temperature. The gradient of the threshold is zero.
 
     Args:
-      queries: (T, C), any float dtype.
-      memory: (N, C), any float dtype; cast to that of the queries for the matrix products.
+      queries: (T, C) float32 or bfloat16.
+      memory: (N, C) float32 or bfloat16; cast to the dtype of the queries for the matrix products.
       threshold: scalar in [0, 1), may be traced; 1/N to 3/N is advised. 0: no cut and no division.
       similarity: "dot" or "cosine".
       temperature: scalar above 0 that divides the similarity, may be traced.
@@ -80,6 +80,7 @@ def read_memory(
     Raises:
       ValueError: shapes that do not fit, an unknown option, or a Python number out of its range.
     """
+    queries, memory = jnp.asarray(queries), jnp.asarray(memory)
     _check(queries, memory, threshold, similarity, temperature, empty_policy)
     if impl not in ("fused", "naive", "pallas"):
         raise ValueError(f"impl={impl!r} is unknown; expected 'fused', 'naive' or 'pallas'. Pass impl='fused'.")
@@ -103,6 +104,7 @@ def addressing(
     empty_policy: str = "zero",
 ) -> Array:
     """The (T, N) float32 weights behind `read_memory(..., impl="naive")`, for inspection; arguments and errors as there."""
+    queries, memory = jnp.asarray(queries), jnp.asarray(memory)
     _check(queries, memory, threshold, similarity, temperature, empty_policy)
     scaled, tables = _factors(queries, memory, similarity, temperature)
     return _address(logits_of(scaled, tables[0]), jnp.asarray(threshold, jnp.float32), empty_policy == "top1")
@@ -293,7 +295,7 @@ def _backward_blocks(queries, d_value, row, tables, threshold, use_top1, rows):
 def add_to_tables(d_tables: tuple[Array, ...], d_keys: Array, d_items: Array) -> tuple[Array, ...]:
     """Sums gradients of keys and items, which are one table where the similarity is the plain product."""
     if len(d_tables) == 1:
-        return (d_tables[0] + d_keys + d_items,)
+        return (d_tables[0] + (d_keys + d_items),)
     return d_tables[0] + d_keys, d_tables[1] + d_items
 
 
@@ -314,9 +316,11 @@ def _fold_blocks(step: Callable, carry: Any, xs: Any, rows: int) -> tuple[Any, A
       The last carry, and the outputs as (T, ...) arrays in the order of xs.
     """
     num_rows = jax.tree.leaves(xs)[0].shape[0]
-    num_blocks = -(-num_rows // rows)
-    if num_blocks <= 1:
+    least = -(-num_rows // rows)
+    if least <= 1:
         return step(carry, xs)
+    # Somewhat smaller blocks without padding save copies of all rows, before and after.
+    num_blocks = next((n for n in range(least, 2 * least) if num_rows % n == 0), least)
     size = -(-num_rows // num_blocks)
 
     # Block i holds rows i, i + num_blocks, ...: where the rows are sharded over devices, every device has its share of
