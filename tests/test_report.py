@@ -16,6 +16,8 @@ import pytest
 from PIL import Image
 
 from jaxad import report
+from jaxad.report import plots, words
+from jaxad.report.pictures import _CYAN, fit_to
 
 HOSTILE = "test/<script>alert(\"1\")</script> & '日本'.png"
 
@@ -192,9 +194,9 @@ def test_sentence(outcomes, expected):
 
 def test_interval_against_values_worked_by_hand():
     # Wilson, z = 1.96, 1 of 20: (0.05 + 0.09604 -+ 1.96 sqrt(0.05 * 0.95 / 20 + 0.002401)) / (1 + 0.19208)
-    np.testing.assert_allclose(report._interval(1, 20), (0.0089, 0.2361), atol=1e-4)
-    np.testing.assert_allclose(report._interval(0, 20), (0.0, 0.1611), atol=1e-4)
-    np.testing.assert_allclose(report._interval(20, 20), (0.8389, 1.0), atol=1e-4)
+    np.testing.assert_allclose(words.interval(1, 20), (0.0089, 0.2361), atol=1e-4)
+    np.testing.assert_allclose(words.interval(0, 20), (0.0, 0.1611), atol=1e-4)
+    np.testing.assert_allclose(words.interval(20, 20), (0.8389, 1.0), atol=1e-4)
 
 
 def test_metric_rows_leave_out_what_is_not_defined():
@@ -281,7 +283,7 @@ def test_overlay_leaves_normal_pixels_alone_and_outlines_the_mask():
     np.testing.assert_array_equal(drawn[0, 1], [100, 100, 100])
     hot = report.heat_map(map, low=1.0, high=2.0)[0, 0]
     np.testing.assert_allclose(drawn[0, 0], (100 + hot.astype(float)) / 2, atol=0.51)
-    np.testing.assert_array_equal(drawn[3, 3:7], [report._CYAN] * 4)
+    np.testing.assert_array_equal(drawn[3, 3:7], [_CYAN] * 4)
     np.testing.assert_array_equal(drawn[4, 4], [100, 100, 100])  # inside: the picture
     np.testing.assert_array_equal(drawn[2, 3:7], np.zeros((4, 3)))  # dark rim
     with pytest.raises(ValueError, match=r"map has shape \(2, 2\); expected the image's \(H, W\) = \(9, 9\).*Resize"):
@@ -300,10 +302,10 @@ def test_a_scratch_survives_shrinking_and_small_pictures_grow_by_whole_pixels():
     picture = samples(1, 0)[0]._replace(
         image=np.zeros((1000, 600, 4), np.uint8), mask=scratch, map=scratch.astype(np.float32)
     )
-    small = report._fit(picture, 100)
+    small = fit_to(picture, 100)
     assert small.image.shape == (100, 60, 3) and small.map.shape == small.mask.shape == (100, 60)
     assert small.mask.any(1).all() and small.mask.sum() == 100
-    tiny = report._fit(samples(0, 1, size=28, channels=1)[0], 100)
+    tiny = fit_to(samples(0, 1, size=28, channels=1)[0], 100)
     assert tiny.image.shape == (84, 84, 3)
     np.testing.assert_array_equal(tiny.image[::3, ::3].repeat(3, 0).repeat(3, 1), tiny.image)
 
@@ -364,7 +366,7 @@ def test_operating_points_equal_scikit_learn_with_ties():
     metrics = pytest.importorskip("sklearn.metrics", reason="the oracle: pip install scikit-learn")
     rng = np.random.default_rng(1)
     label, score = rng.integers(0, 2, 200), rng.integers(0, 30, 200) / 7.0
-    fpr, tpr, precision = report._operating_points(label, score)
+    fpr, tpr, precision = plots._operating_points(label, score)
     expected_fpr, expected_tpr, _ = metrics.roc_curve(label, score, drop_intermediate=False)
     np.testing.assert_allclose([fpr, tpr], [expected_fpr, expected_tpr])
     expected_precision, expected_recall, _ = metrics.precision_recall_curve(label, score)
@@ -374,9 +376,9 @@ def test_operating_points_equal_scikit_learn_with_ties():
 
 def test_far_scores_are_squashed_so_that_the_threshold_stays_visible():
     near, far = np.array([-0.5, 0.0, 3.0]), np.array([-0.5, 0.0, 300.0])
-    assert report._squash(near, 1.0) is np.asarray
-    assert report._squash(far, 1.0) is np.arcsinh
-    assert report._squash(far, None) is np.asarray  # raw scores have no unit
+    assert plots._squash(near, 1.0) is np.asarray
+    assert plots._squash(far, 1.0) is np.arcsinh
+    assert plots._squash(far, None) is np.asarray  # raw scores have no unit
 
 
 def test_plots_follow_the_page_and_sections_come_with_their_data(pages):
