@@ -14,14 +14,12 @@ from jaxad.data import Dataset
 from jaxad.detector import Detector, batch_size_for
 from jaxad.files import SCORE_COLUMNS
 
-_SHOWN = 6  # pictures of each kind handed to the report
-
 
 def measure(detector: Detector, data: Dataset, *, f1max: bool = False) -> tuple[dict[str, Any], list[dict], list]:
     """Scores the test source: (measures, rows of scores.csv, pictures for the report)."""
     calibration, notes = detector.calibration, [*data.notes, *_calibration_notes(detector.calibration)]
-    counts = {name: len(source) for name, source in data.sources.items()}
-    result: dict[str, Any] = {"images": counts, "parameters": _count(detector.state), "notes": notes}
+    result: dict[str, Any] = {f"{name}_images": len(source) for name, source in data.sources.items()}
+    result |= {"parameters": _count(detector.state), "notes": notes}
     result |= {"threshold": None, "fpr": None, "holdout_images": calibration.images if calibration else 0}
     if "test" not in data.sources or not len(data.sources["test"]):
         notes.append("The data has no test images: nothing was measured.")
@@ -56,8 +54,7 @@ def measure(detector: Detector, data: Dataset, *, f1max: bool = False) -> tuple[
     result["score_compile_seconds"] = evaluation.compile_seconds
     result["score_images_per_second"] = len(source) / max(evaluation.seconds, 1e-9)
     if any(facts.groups):
-        per_video = score.normalize_groups(evaluation.image, np.asarray(facts.groups))
-        result["image_auroc_per_video"] = metrics.image_metrics(per_video, labels)["auroc"]
+        result |= _video_measures(evaluation.image, np.asarray(facts.groups), labels)
     rows = score_rows(
         evaluation.image,
         facts.files,
@@ -131,6 +128,22 @@ def _calibration_notes(calibration: score.Calibration | None) -> list[str]:
     ]
 
 
+def _video_measures(scores: np.ndarray, videos: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
+    """AUROC within each video, and over all of them after the papers' min-max of each, which reads whole videos."""
+    stretched = score.normalize_groups(scores, videos)
+    return {
+        "image_auroc_video_protocol": metrics.image_metrics(stretched, labels)["auroc"],
+        "image_auroc_per_video": {
+            str(video): metrics.image_metrics(scores[videos == video], labels[videos == video])["auroc"]
+            for video in np.unique(videos)
+        },
+    }
+
+
+def _known(value: Any, otherwise: Any) -> Any:
+    return otherwise if value is None else value
+
+
 def _rates(rows: list[dict]) -> dict[str, float | None]:
     def share(label):
         hits = [row["predicted"] for row in rows if row["label"] == label and row["predicted"] is not None]
@@ -159,14 +172,10 @@ def _per_defect(rows: list[dict]) -> list[dict[str, Any]]:
 
 
 def _pictures(detector: Detector, source: Source, rows: list[dict], has_mask: np.ndarray) -> list:
-    """The telling samples: anomalous ones with the highest and the lowest scores, normal ones with the highest."""
-    from jaxad.report import Picture
+    """The telling samples with their maps; only theirs are kept."""
+    from jaxad.report import Picture, choose
 
-    order = np.argsort([-row["score"] for row in rows], kind="stable")
-    labels = np.asarray([row["label"] for row in rows])
-    anomalous, others = order[labels[order] == 1], order[labels[order] != 1]
-    chosen = [*anomalous[:_SHOWN], *anomalous[-_SHOWN:], *others[:_SHOWN], *others[-2:]]
-    chosen = np.asarray(list(dict.fromkeys(int(row) for row in chosen)), np.int32)
+    chosen = np.asarray(sorted({row for kind in choose(rows).values() for row in kind}), np.int32)
     part = select(source, chosen)
     scores = score.score_dataset(detector.method, detector.state, part, batch_size=batch_size_for(detector.spec))
     frames = chosen if source.start is None else np.asarray(source.start)[chosen] + source.target
@@ -176,8 +185,8 @@ def _pictures(detector: Detector, source: Source, rows: list[dict], has_mask: np
             defect=rows[row]["defect"],
             label=rows[row]["label"],
             score=rows[row]["score"],
-            normalised=rows[row]["score_normalised"],
-            predicted=rows[row]["predicted"],
+            normalised=_known(rows[row]["score_normalised"], float("nan")),
+            predicted=_known(rows[row]["predicted"], -1),
             image=np.asarray(source.image[frame]),
             mask=np.asarray(source.mask[frame]) if source.mask is not None and has_mask[row] else None,
             map=scores.map[position],
