@@ -136,3 +136,6 @@ def test_mask_is_resized_by_the_nearest_pixel():
     full = np.zeros((12, 8), bool)
     full[6:, 4:] = True
     np.testing.assert_array_equal(decode.shrink_mask(full, (4, 4)), np.kron([[0, 0], [0, 1]], np.ones((2, 2))))
+    dots = np.zeros((9, 9), bool)
+    dots[1, 4] = dots[5, 6] = True  # the middle of a 3 x 3 block, and the edge of one
+    np.testing.assert_array_equal(decode.shrink_mask(dots, (3, 3)), [[0, 1, 0], [0, 0, 0], [0, 0, 0]])

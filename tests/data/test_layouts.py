@@ -129,6 +129,7 @@ def test_folder(tmp_path):
     pictures(tmp_path / "abnormal", 3)
     mask(tmp_path / "masks/000.png")
     mask(tmp_path / "masks/abnormal/002_mask.png")
+    mask(tmp_path / "masks/normal/001.png", box=None)
     found = load(tmp_path)
     assert found.layout == "folder" and sizes(found) == {"train": 7, "holdout": 1, "test": 5}
     rows = found.rows["test"]
@@ -173,19 +174,27 @@ def test_manifest_with_classes(tmp_path):
 
 
 def test_manifest_as_json_lines(tmp_path):
-    rows = [("a", "train", 0), ("b", "val", 0), ("c", "test", 1), ("d", "test", -1), ("e", "train", "bad")]
+    rows = [
+        ("a", "train", 0),
+        ("b", "val", 0),
+        ("c", "test", 1),
+        ("d", "test", -1),
+        ("e", "train", "bad"),
+        ("f", "train", ""),
+    ]
     for name, _, _ in rows:
         picture(tmp_path / f"{name}.png")
     lines = [json.dumps({"path": f"{name}.png", "split": role, "label": label}) for name, role, label in rows]
     (tmp_path / "list.jsonl").write_text("\n".join(lines) + "\n\n")
     found = load(tmp_path / "list.jsonl")
     assert {name: rows.files for name, rows in found.rows.items()} == {
-        "train": ("a.png",),
+        "train": ("a.png", "f.png"),
         "holdout": ("b.png",),
         "test": ("c.png", "d.png"),
         "labelled": ("e.png",),
     }
     np.testing.assert_array_equal(found.sources["test"].label, [1, -1])
+    np.testing.assert_array_equal(found.sources["train"].label, [0, 0])
     assert found.rows["test"].defects == ("anomalous", "")
 
 
@@ -233,6 +242,15 @@ def test_clips_stay_within_their_videos(tmp_path):
     )
     assert rows.defects == ("good", "good", "anomalous", "good", "good")
     np.testing.assert_array_equal(load(tmp_path, clip=3, clip_stride=2).sources["test"].start, [0, 2, 5])
+
+
+def test_frames_are_ordered_by_number(tmp_path):
+    for i in (1, 2, 10, 9):
+        picture(tmp_path / f"training/frames/a/{i}.png")
+        picture(tmp_path / f"testing/frames/a/f{i}.png")
+    found = load(tmp_path, holdout=0)
+    assert found.rows["train"].files == tuple(f"training/frames/a/{i}.png" for i in (1, 2, 9, 10))
+    assert found.rows["test"].files == tuple(f"testing/frames/a/f{i}.png" for i in (1, 2, 9, 10))
 
 
 def test_clips_of_short_videos(tmp_path):
