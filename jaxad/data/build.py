@@ -106,7 +106,7 @@ def _pixels(plan: Plan, settings: Settings, cached: bool) -> _Pixels:
     def decode_one(i: int) -> dict[str, Any]:
         record = plan.records[i]
         image[i], facts = decode.picture(plan.store, record.file, settings.size, settings.channels)
-        known = {"digest": facts.digest, "remark": facts.remark, "defect_pixels": None}
+        known: dict[str, Any] = {"digest": facts.digest, "remark": facts.remark, "defect_pixels": None}
         if record.masks:
             marked, digest = decode.mask(plan.store, record.masks, plan.store.where(record.file), facts.size)
             mask[mask_row[i]] = decode.shrink_mask(marked, settings.size)
@@ -151,18 +151,13 @@ def _pack(
     mine = [records[i] for i in chosen]
     label = np.asarray([record.label for record in mine], np.int32)
     mask, usable = _masks(pixels, chosen, label)
-    start, frames, short = None, np.arange(len(chosen)), []
+    start, frames = None, np.arange(len(chosen))
+    short: list[str] = []
     if settings.clip is not None:
         start, short = video.starts([record.group for record in mine], settings.clip, settings.clip_stride)
         frames = start + settings.target
-    source = Source(
-        image=_take(pixels.image, chosen),
-        label=label,
-        mask=mask,
-        start=start,
-        clip=settings.clip or 1,
-        target=settings.target,
-    )
+    arrays: dict[str, Any] = {"image": _take(pixels.image, chosen), "label": label, "mask": mask, "start": start}
+    source = Source(**arrays, clip=settings.clip or 1, target=settings.target)
     rows = Rows(
         files=tuple(mine[i].file for i in frames),
         defects=tuple(mine[i].defect for i in frames),

@@ -64,9 +64,13 @@ def check(
         plan = loading.plan(where, layout=layout, normal_class=normal_class)
     except DataError as error:
         return Report(str(where), "", {}, {}, {}, {}, (), (str(error),))
-    problems, notes, read = list(plan.problems), list(plan.notes), []
+    problems, notes = list(plan.problems), list(plan.notes)
+    read: list[tuple[Record, dict[str, Any]]] = []
     for found in decode.in_threads(lambda record: _inspect(plan, record), plan.records):
-        (problems if isinstance(found, str) else read).append(found)
+        if isinstance(found, str):
+            problems.append(found)
+        else:
+            read.append(found)
     records, facts = [record for record, _ in read], [fact for _, fact in read]
     roles: list[str] = []
     try:

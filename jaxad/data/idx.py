@@ -23,9 +23,11 @@ def fits(store) -> bool:
 
 def plan(store, normal_class=None) -> Plan:
     """Train on the normal class of the training files, test on everything in the test files."""
-    pictures, parts, used = {}, [], []
-    for name in filter(_IMAGES.match, store.names):
-        part = _IMAGES.match(name)["part"]
+    pictures: dict[str, np.ndarray] = {}
+    parts: list[tuple[str, str, str]] = []
+    used: list[str] = []
+    for match in filter(None, map(_IMAGES.match, store.names)):
+        name, part = match.string, match["part"]
         twin = next((n for n in store.names if re.match(rf"{re.escape(part)}labels[-.]idx1-ubyte(\.gz)?$", n)), None)
         if twin is None:
             raise DataError(

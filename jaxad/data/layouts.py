@@ -186,8 +186,7 @@ def _classes_fits(store) -> bool:
 
 
 def _classes(store, normal_class=None) -> Plan:
-    named = {name: _class_of(name) for name in store.names if files.is_picture(name)}
-    kinds = {name: kind for name, kind in named.items() if kind is not None}
+    kinds = {name: kind for name in filter(files.is_picture, store.names) if (kind := _class_of(name)) is not None}
     classes = sorted({kind for _, kind in kinds.values()})
     normal = classes[normal_index(store.where("").rstrip("/"), normal_class, classes)]
     plan = Plan("classes", store, [])

@@ -66,7 +66,8 @@ def plan_table(store, table: str, layout: str = "manifest") -> Plan:
     lines = [(line, {key: row[name].strip() for key, name in columns.items()}) for line, row in rows(store, table)]
     if "object" in columns:
         lines = _one_object(store, table, lines)
-    result, seen = Plan(layout, store, []), {}
+    result = Plan(layout, store, [])
+    seen: dict[str, int] = {}
     normal = {row["defect"] for _, row in lines if "split" in columns and "defect" in columns and _role(row) == "train"}
     for line, row in lines:
         try:
@@ -136,7 +137,7 @@ def rows(store, table: str) -> Iterator[tuple[int, dict[str, str]]]:
         for row in reader:
             if None in row or None in row.values():
                 raise DataError(
-                    f"{where}, line {reader.line_num}: expected {len(reader.fieldnames)} columns. "
+                    f"{where}, line {reader.line_num}: expected {len(reader.fieldnames or ())} columns. "
                     "Quote commas, fill gaps."
                 )
             yield reader.line_num, row
@@ -178,7 +179,7 @@ def _record(row: dict[str, str], columns: dict[str, str], normal: set[str]) -> R
         raise DataError("no image path. Fill it in or remove the line.")
     role, label = _role(row), _label(row, columns, normal)
     kind = row.get("defect", "")
-    defect = {0: "good", -1: ""}.get(label, kind or "anomalous")
+    defect = "good" if label == 0 else "" if label == -1 else kind or "anomalous"
     masks = (_path(row["mask"]),) if row.get("mask") else ()
     return Record(_path(row["image"]), role, label, defect, masks)
 

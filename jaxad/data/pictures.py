@@ -18,7 +18,7 @@ def find(paths: Iterable[str | os.PathLike]) -> list[str]:
       DataError: a path does not exist or cannot be read, or a folder holds no picture.
     """
     found: list[str] = []
-    for path in map(os.fspath, paths):
+    for path in (os.fspath(path) for path in paths):
         if not os.path.isdir(path):
             found.append(path)
             continue
@@ -46,7 +46,7 @@ def read(paths: Sequence[str], *, image_size: int | tuple[int, int], channels: i
     Raises:
       DataError: naming the first file that is missing, damaged or no picture.
     """
-    size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
+    size = (image_size, image_size) if isinstance(image_size, int) else image_size
     store = files.Loose()
     found = decode.in_threads(lambda path: decode.picture(store, path, size, channels)[0], list(paths))
     return np.stack(list(found)) if paths else np.zeros((0, *size, channels), np.uint8)

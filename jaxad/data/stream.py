@@ -123,7 +123,8 @@ def _batches(samples: _Samples, threads: int, key: Any, phase: Any, first: int):
     def read(step: int) -> Batch:
         index, valid = (np.asarray(array) for array in rows_at(np.int32(step)))
         image, label, mask = zip(*(samples[int(row)] for row in np.minimum(index, size - 1)), strict=True)
-        return Batch(np.stack(image), np.asarray(label, np.int32), np.stack(mask), index, valid)
+        arrays: Any = (np.stack(image), np.asarray(label, np.int32), np.stack(mask), index, valid)
+        return Batch(*arrays)
 
     grain = _grain()
     steps = grain.MapDataset.range(first, num_steps(phase, size)).map(read)

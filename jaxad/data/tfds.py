@@ -89,14 +89,16 @@ class _Splits:
     def __init__(self, name: str):
         import tensorflow_datasets as tfds
 
-        self._origin, self.problems = f"tfds:{name}", []
+        self._origin = f"tfds:{name}"
+        self.problems: list[str] = []
         builder = _builder(name)
         self.features = builder.info.features
-        self._image = _only(self.features, tfds.features.Image, "image")
-        if self._image is None:
+        image = _only(self.features, tfds.features.Image, "image")
+        if image is None:
             raise DataError(
                 f"{self._origin}: no picture among its features ({', '.join(self.features)}). Take another set."
             )
+        self._image = image
         self.label = _only(self.features, tfds.features.ClassLabel, "label")
         pictures = [key for key, feature in self.features.items() if isinstance(feature, tfds.features.Image)]
         skip = {key: tfds.decode.SkipDecoding() for key in pictures}  # jaxad's own decoder reads them, in threads

@@ -30,7 +30,7 @@ def plan(store, normal_class=None) -> Plan:
     result, masks = Plan("video", store, []), collections.defaultdict(list)
     for name in filter(files.is_picture, store.names):
         match = _FRAME.match(name)
-        *_, folder, _ = ["", *name.split("/")]
+        folder = name.rpartition("/")[0].rpartition("/")[2]
         if folder.lower().endswith("_gt"):
             masks[folder[:-3], _frame_key(name)].append(name)
         elif any(part.lower() in MASK_NAMES for part in name.split("/")[:-1]):
@@ -105,7 +105,8 @@ def starts(groups: Sequence[str], clip: int, stride: int) -> tuple[np.ndarray, l
     Returns:
       (N,) int32, and the videos too short for a clip.
     """
-    found, short, first = [], [], 0
+    found: list[int] = []
+    short, first = [], 0
     while first < len(groups):
         last = first
         while last < len(groups) and groups[last] == groups[first]:
