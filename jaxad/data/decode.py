@@ -48,7 +48,7 @@ def open_picture(store, name: str):
     where, data = store.where(name), store.read(name)
     if isinstance(data, np.ndarray):
         image = Image.fromarray(data)
-        return image, Facts(data.shape[:2], image.mode, hashlib.sha256(np.ascontiguousarray(data)).hexdigest())
+        return image, Facts(data.shape[:2], image.mode, hashlib.sha256(data.tobytes()).hexdigest())
     if not data:
         raise DataError(f"{where}: the file is empty (0 bytes). Replace or remove it.")
     try:

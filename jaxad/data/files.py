@@ -129,7 +129,7 @@ class Zip:
             members = [info for info in self._zip.infolist() if not info.is_dir()]
         except (zipfile.BadZipFile, NotImplementedError, UnicodeDecodeError) as error:
             raise DataError(f"{path}: not a ZIP file that can be read ({error}). Copy or download it again.") from None
-        self._info = {}
+        self._info: dict[str, zipfile.ZipInfo] = {}
         for info in members:
             if info.filename in self._info:
                 self.problems.append(f"{self.where(info.filename)}: there are two members of this name. Remove one.")

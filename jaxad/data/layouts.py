@@ -181,16 +181,17 @@ def _class_of(name: str) -> tuple[str, str] | None:
 
 
 def _classes_fits(store) -> bool:
-    found = {_class_of(name) for name in store.names if files.is_picture(name)} - {None}
-    return len({name for _, name in found}) > 1
+    found = [_class_of(name) for name in store.names if files.is_picture(name)]
+    return len({kind[1] for kind in found if kind is not None}) > 1
 
 
 def _classes(store, normal_class=None) -> Plan:
-    kinds = {name: kind for name in filter(files.is_picture, store.names) if (kind := _class_of(name)) is not None}
-    classes = sorted({kind for _, kind in kinds.values()})
+    found = ((name, _class_of(name)) for name in store.names if files.is_picture(name))
+    kinds = [(name, kind[0], kind[1]) for name, kind in found if kind is not None]
+    classes = sorted({kind for _, _, kind in kinds})
     normal = classes[normal_index(store.where("").rstrip("/"), normal_class, classes)]
     plan = Plan("classes", store, [])
-    left_out = choose(plan, ((name, role, kind) for name, (role, kind) in kinds.items()), normal)
+    left_out = choose(plan, kinds, normal)
     return finish(plan, left_out)
 
 

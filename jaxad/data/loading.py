@@ -53,12 +53,16 @@ def load(
     """
     height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
     settings = Settings((height, width), channels, holdout, clip, clip_stride, target, seed)
+    made_here = isinstance(where, np.ndarray | Mapping) or _is_synthetic(where)
+    if made_here and clip is not None:
+        raise DataError(f"clip={clip}, but this data has no videos to cut clips from. Leave out clip.")
     if isinstance(where, np.ndarray | Mapping):
         from jaxad.data.arrays import from_arrays
 
-        parts = where if isinstance(where, Mapping) else {"train": where}
-        return from_arrays(**parts, image_size=(height, width), channels=channels, holdout=holdout, seed=seed)
-    if str(where).partition(":")[0] == "synthetic":
+        parts = dict(where) if isinstance(where, Mapping) else {"train": where}
+        parts = {"holdout": holdout, **parts}  # its own holdout pictures win over a share
+        return from_arrays(**parts, image_size=(height, width), channels=channels, seed=seed)
+    if _is_synthetic(where):
         from jaxad.data import synthetic
 
         family = str(where).partition(":")[2] or None
@@ -73,6 +77,8 @@ def load(
 
 def plan(where: str | os.PathLike, *, layout: str | None = None, normal_class: int | str | None = None) -> Plan:
     """Opens a folder, ZIP, table or "tfds:NAME" and says which picture plays which role, without reading any."""
+    if _is_synthetic(where):
+        raise DataError(f"{where}: drawn from a seed; there are no files to check or to stream. Pass it to load.")
     if str(where).startswith("tfds:"):
         from jaxad.data import tfds
 
@@ -88,6 +94,10 @@ def plan(where: str | os.PathLike, *, layout: str | None = None, normal_class: i
         if store.problems:  # what could not be read may be why the rest makes no sense
             raise DataError(store.problems[0]) from None
         raise
+
+
+def _is_synthetic(where: Any) -> bool:
+    return str(where).partition(":")[0] == "synthetic"
 
 
 def _open(path: pathlib.Path) -> Any:

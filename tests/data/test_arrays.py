@@ -34,6 +34,8 @@ def test_load_takes_arrays_and_resizes_them():
     found = data.load(
         {"train": PICTURES, "labelled": PICTURES[:2], "labelled_mask": np.ones((2, 6, 8))}, image_size=(3, 4)
     )
+    own = data.load({"train": PICTURES, "holdout": PICTURES[:3]}, image_size=4)
+    assert len(own.sources["train"]) == 10 and len(own.sources["holdout"]) == 3
     assert found.sources["train"].image.shape == (9, 3, 4, 3) and found.sources["labelled"].mask.all()
     assert data.load(PICTURES, image_size=4, channels=1).sources["train"].image.shape == (9, 4, 4, 1)
 

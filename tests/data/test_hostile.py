@@ -8,6 +8,7 @@ import unicodedata
 import zipfile
 import zlib
 
+import numpy as np
 import pytest
 from made import mask, picture, pictures
 from PIL import Image
@@ -236,6 +237,13 @@ def test_video_labels(tmp_path):
 def test_clips_need_videos(mvtec):
     with pytest.raises(data.DataError, match="has no videos to cut clips from"):
         data.load(mvtec, image_size=8, clip=4)
+    for other in ("synthetic", np.zeros((4, 8, 8), np.uint8)):
+        with pytest.raises(data.DataError, match="no videos to cut clips from"):
+            data.load(other, image_size=16, clip=4)
+
+
+def test_check_of_what_has_no_files():
+    assert "no files to check" in data.check("synthetic").problems[0]
 
 
 @pytest.mark.parametrize(
