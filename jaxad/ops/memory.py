@@ -58,8 +58,9 @@ def read_memory(
 
     "naive" stores the T x N weights. "fused" never does: temporary memory is a few blocks of logits, and the backward
     pass keeps a handful of numbers per query. "pallas" does the same in TPU kernels, interpreted on CPU. "fused" is the
-    default because it was not slower than "naive" at any size tried on CPU; where all queries fit in one block it is the
-    same arithmetic without a loop. Logits, weights and sums are float32 whatever the dtype of the inputs.
+    default because it was not slower than "naive" at any size tried on CPU; where all queries fit in one block it is
+    the same arithmetic without a loop. Logits, weights and sums are float32 whatever the dtype of the inputs; how
+    exactly float32 inputs are multiplied is up to `jax.default_matmul_precision`.
 
     Reverse-mode differentiable in queries, memory and temperature. The gradient of the threshold is zero.
 
@@ -78,12 +79,14 @@ def read_memory(
       A `Read`.
 
     Raises:
-      ValueError: shapes that do not fit, an unknown option, or a Python number out of its range.
+      ValueError: shapes that do not fit, an unknown option, a Python number out of its range, or "pallas" on a GPU.
     """
     queries, memory = jnp.asarray(queries), jnp.asarray(memory)
     _check(queries, memory, threshold, similarity, temperature, empty_policy)
     if impl not in ("fused", "naive", "pallas"):
         raise ValueError(f"impl={impl!r} is unknown; expected 'fused', 'naive' or 'pallas'. Pass impl='fused'.")
+    if impl == "pallas" and jax.default_backend() == "gpu":
+        raise ValueError("impl='pallas' has kernels for TPU only; got the GPU backend. Pass impl='fused'.")
     if block_rows is not None and block_rows < 1:
         raise ValueError(f"block_rows={block_rows} is not positive; expected None or at least 1. Leave it out.")
     scaled, tables = _factors(queries, memory, similarity, temperature)
@@ -103,7 +106,7 @@ def addressing(
     temperature: float | Array = 1.0,
     empty_policy: str = "zero",
 ) -> Array:
-    """The (T, N) float32 weights behind `read_memory(..., impl="naive")`, for inspection; arguments and errors as there."""
+    """The (T, N) float32 weights that `read_memory` applies, for inspection. Arguments and errors as there."""
     queries, memory = jnp.asarray(queries), jnp.asarray(memory)
     _check(queries, memory, threshold, similarity, temperature, empty_policy)
     scaled, tables = _factors(queries, memory, similarity, temperature)
@@ -141,7 +144,7 @@ def logits_of(queries: Array, keys: Array) -> Array:
     return product(queries, keys.astype(queries.dtype), (1, 1))
 
 
-def _factors(queries: Array, memory: Array, similarity: str, temperature: float | Array) -> tuple[Array, tuple[Array, ...]]:
+def _factors(queries, memory, similarity, temperature) -> tuple[Array, tuple[Array, ...]]:
     """Queries and tables for `_attend`: products of the queries with the first table are logits, the last is read."""
     wide = queries.astype(jnp.float32)
     if similarity == "dot":
@@ -223,7 +226,7 @@ class RowStats(NamedTuple):
 
     top: Array  # largest logit
     total: Array  # sum of exp(logit - top) over all items
-    top_weight: Array  # 1 / (the same sum over the active items); 0 on empty and on padding rows, and so are the weights
+    top_weight: Array  # 1 / (that sum over the active items); 0, as are the weights, on empty and padding rows
     d_entropy: Array
     shared: Array
 
@@ -244,8 +247,8 @@ def finish_read(value: Array, kept: Array, shifted: Array) -> tuple[Array, Array
     return value * top_weight, -_log_or_zero(top_weight) - shifted * top_weight, top_weight
 
 
-def read_gradients(logits: Array, d_weights: Array, row: RowStats, threshold: Array, use_top1: bool) -> tuple[Array, Array]:
-    """The weights, and the gradient of the logits given <d_value, item>; all (T, N)."""
+def read_gradients(logits: Array, d_weights: Array, row: RowStats, threshold: Array, use_top1: bool):
+    """The weights, and the gradient of the logits given d_weights = <d_value, item>; all (T, N)."""
     weights = read_part(logits, row.top, row.total, threshold, use_top1) * row.top_weight
     return weights, weights * (d_weights - row.d_entropy * (logits - row.top) - row.shared)
 
@@ -349,9 +352,9 @@ def _check(queries, memory, threshold, similarity, temperature, empty_policy) ->
             "N >= 1. Flatten the positions first: queries.reshape(-1, C)."
         )
     if similarity not in ("dot", "cosine"):
-        raise ValueError(f"similarity={similarity!r} is unknown; expected 'dot' or 'cosine'. Pass similarity='dot'.")
+        raise ValueError(f"similarity={similarity!r} is unknown; expected 'dot' or 'cosine'. Pass one of them.")
     if empty_policy not in ("zero", "top1"):
-        raise ValueError(f"empty_policy={empty_policy!r} is unknown; expected 'zero' or 'top1'. Pass empty_policy='zero'.")
+        raise ValueError(f"empty_policy={empty_policy!r} is unknown; expected 'zero' or 'top1'. Pass one of them.")
     num_items, is_number = memory.shape[0], isinstance(threshold, int | float)
     if is_number and not 0 <= threshold < 1:
         raise ValueError(f"threshold={threshold} is out of range; expected [0, 1). Pass threshold={1 / num_items:.2g}.")

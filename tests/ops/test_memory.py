@@ -130,36 +130,36 @@ def test_scaling_items_against_queries_scales_values():
 
 # Blocks that divide the queries and that do not, a single block, fewer items or queries than one block of a kernel.
 CASES = [
-    dict(shape=(103, 77, 12), block_rows=20),
-    dict(shape=(103, 77, 12), block_rows=20, similarity="cosine", temperature=0.1),
-    dict(shape=(300, 530, 8), block_rows=100, empty_policy="top1"),
-    dict(shape=(300, 530, 8), block_rows=None, similarity="cosine", temperature=0.3, empty_policy="top1"),
-    dict(shape=(7, 3, 5), block_rows=None),
-    dict(shape=(1, 1, 1), block_rows=None),
+    {"shape": (103, 77, 12), "block_rows": 20},
+    {"shape": (103, 77, 12), "block_rows": 20, "similarity": "cosine", "temperature": 0.1},
+    {"shape": (300, 530, 8), "block_rows": 100, "empty_policy": "top1"},
+    {"shape": (300, 530, 8), "block_rows": None, "similarity": "cosine", "temperature": 0.3, "empty_policy": "top1"},
+    {"shape": (7, 3, 5), "block_rows": None},
+    {"shape": (1, 1, 1), "block_rows": None},
 ]
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(str(x) for x in case.values()))
 def test_forms_agree_with_the_reference_and_in_their_gradients(case):
-    options = {k: v for k, v in case.items() if k in ("similarity", "empty_policy")}
-    temperature, (num_queries, num_items, features) = case.get("temperature", 1.0), case["shape"]
-    queries, items = make(*case["shape"])
+    options = {"temperature": 1.0, "block_rows": None} | case
+    num_queries, num_items, features = options.pop("shape")
+    temperature = options.pop("temperature")
+    weighting = {k: v for k, v in case.items() if k not in ("shape", "block_rows")}
+    queries, items = make(num_queries, num_items, features)
     if options.get("similarity") == "cosine":  # lengths do not matter there, directions have to
         queries[::3] += 3 * items[np.arange(len(queries[::3])) % num_items]
     d_value = np.random.default_rng(2).standard_normal((num_queries, features)).astype(np.float32)
 
     def loss(queries, items, temperature, threshold, form):
-        read = read_memory(
-            queries, items, threshold=threshold, temperature=temperature, impl=form, block_rows=case["block_rows"], **options
-        )
+        read = read_memory(queries, items, threshold=threshold, temperature=temperature, impl=form, **options)
         return jnp.sum(read.value * d_value) + 2 * jnp.sum(jnp.sin(read.entropy)), read
 
     run = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2, 3), has_aux=True), static_argnums=4)
-    softmax = reference(queries, items, 0, **options, temperature=temperature)[-1]
-    thresholds = [0.0, in_a_gap(softmax, 1.5 / num_items), in_a_gap(softmax, 8 / num_items), 0.999] if num_items > 1 else [0, 0.5]
+    softmax = reference(queries, items, 0, **weighting)[-1]
+    thresholds = [0.0, *(in_a_gap(softmax, k / num_items) for k in (1.5, 8) if num_items > 1), 0.999]
     kinds = set()
     for threshold in thresholds:
-        expected = reference(queries, items, threshold, **options, temperature=temperature)
+        expected = reference(queries, items, threshold, **weighting)
         kinds |= set(np.minimum(expected[3], 2))
         arguments = queries, items, np.float32(temperature), np.float32(threshold)
         (_, read), gradients = run(*arguments, "naive")
@@ -180,20 +180,21 @@ def test_forms_agree_with_the_reference_and_in_their_gradients(case):
 @pytest.mark.parametrize("form", ["naive", "fused"])
 def test_gradients_against_differences_of_the_reference(form, similarity):
     queries, items = make(6, 9, 4, seed=3)
-    options = dict(similarity=similarity, temperature=0.5)
-    threshold = in_a_gap(reference(queries, items, 0, **options)[-1], 1.2 / 9)
+    temperature = np.float32(0.5)
+    threshold = in_a_gap(reference(queries, items, 0, similarity, temperature)[-1], 1.2 / 9)
     d_value = np.random.default_rng(4).standard_normal((6, 4))
 
-    def reference_loss(queries, items):
-        value, entropy, *_ = reference(queries, items, threshold, **options)
+    def reference_loss(queries, items, temperature):
+        value, entropy, *_ = reference(queries, items, threshold, similarity, temperature)
         return np.sum(value * d_value) + 0.7 * np.sum(entropy)
 
-    def loss(queries, items):
-        read = read_memory(queries, items, threshold=threshold, impl=form, block_rows=4, **options)
+    def loss(queries, items, temperature):
+        options = {"similarity": similarity, "temperature": temperature, "impl": form, "block_rows": 4}
+        read = read_memory(queries, items, threshold=threshold, **options)
         return jnp.sum(read.value * d_value) + 0.7 * jnp.sum(read.entropy)
 
-    gradients = jax.jit(jax.grad(loss, argnums=(0, 1)))(queries, items)
-    arguments = [queries.astype(np.float64), items.astype(np.float64)]
+    gradients = jax.jit(jax.grad(loss, argnums=(0, 1, 2)))(queries, items, temperature)
+    arguments = [np.asarray(x, np.float64) for x in (queries, items, temperature)]
     for which, gradient in enumerate(gradients):
         for at in np.ndindex(gradient.shape):
             step = np.zeros_like(arguments[which])
@@ -306,7 +307,8 @@ def temporary_bytes(form, num_queries, num_items=2000, features=256):
         read = read_memory(queries, items, threshold=threshold, impl=form)
         return jnp.sum(read.value**2) + 2e-4 * jnp.mean(read.entropy), (read.usage, read.num_active)
 
-    shapes = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in [(num_queries, features), (num_items, features), ()]]
+    shapes = [(num_queries, features), (num_items, features), ()]
+    shapes = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
     step = jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)).lower(*shapes).compile()
     return step.memory_analysis().temp_size_in_bytes
 
@@ -314,7 +316,7 @@ def temporary_bytes(form, num_queries, num_items=2000, features=256):
 def test_fused_memory_does_not_grow_with_the_weights():
     fused, larger = temporary_bytes("fused", 16384), temporary_bytes("fused", 32768)
     assert fused <= temporary_bytes("naive", 16384) / 5
-    assert larger - fused < 4 * 16384 * 256 * 4  # a few arrays of the size of the queries, none of the size of the weights
+    assert larger - fused < 4 * (16384 * 256 * 4)  # a few arrays like the queries, none like the weights
 
 
 def test_cosine_weight_bound_is_reached():
@@ -327,13 +329,13 @@ def test_cosine_weight_bound_is_reached():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (dict(threshold=1.5), "threshold=1.5 is out of range.*Pass threshold=0.25"),
-        (dict(threshold=0.1, temperature=0.0), "temperature=0.0 is not positive"),
-        (dict(threshold=0.9, similarity="cosine"), "empties every row"),
-        (dict(threshold=0.1, similarity="l2"), "similarity='l2' is unknown"),
-        (dict(threshold=0.1, empty_policy="one"), "empty_policy='one' is unknown"),
-        (dict(threshold=0.1, impl="cuda"), "impl='cuda' is unknown"),
-        (dict(threshold=0.1, block_rows=0), "block_rows=0 is not positive"),
+        ({"threshold": 1.5}, "threshold=1.5 is out of range.*Pass threshold=0.25"),
+        ({"threshold": 0.1, "temperature": 0.0}, "temperature=0.0 is not positive"),
+        ({"threshold": 0.9, "similarity": "cosine"}, "empties every row"),
+        ({"threshold": 0.1, "similarity": "l2"}, "similarity='l2' is unknown"),
+        ({"threshold": 0.1, "empty_policy": "one"}, "empty_policy='one' is unknown"),
+        ({"threshold": 0.1, "impl": "cuda"}, "impl='cuda' is unknown"),
+        ({"threshold": 0.1, "block_rows": 0}, "block_rows=0 is not positive"),
     ],
 )
 def test_errors_name_value_expectation_and_remedy(options, message):
@@ -344,6 +346,12 @@ def test_errors_name_value_expectation_and_remedy(options, message):
 def test_error_for_shapes_that_do_not_fit():
     with pytest.raises(ValueError, match=r"queries \(2, 3, 2\).*reshape"):
         memory.read_memory(np.zeros((2, 3, 2)), HAND_MEMORY, threshold=0.1)
+
+
+def test_error_for_kernels_on_a_gpu(monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    with pytest.raises(ValueError, match="for TPU only.*impl='fused'"):
+        memory.read_memory(HAND_MEMORY, HAND_MEMORY, threshold=0.1, impl="pallas")
 
 
 @pytest.mark.slow

@@ -39,7 +39,11 @@ def forward(queries, tables, threshold, use_top1, rows):
     value, kept, shifted, num_active, top, total, usage = _call(
         functools.partial(_forward_kernel, num_queries, num_items, use_top1),
         grid=(num_blocks, 2, items_padded // m_rows),
-        in_specs=[pl.BlockSpec((1, 1), lambda i, sweep, j: (0, 0)), by_query(queries.shape[1]), (by_item,) * len(tables)],
+        in_specs=[
+            pl.BlockSpec((1, 1), lambda i, sweep, j: (0, 0)),
+            by_query(queries.shape[1]),
+            (by_item,) * len(tables),
+        ],
         out_specs=[
             by_query(queries.shape[1]),
             *[by_query(1)] * 5,
@@ -162,7 +166,7 @@ def _block_gradients(threshold, tables, queries, d_value, row, j, num_items, use
 
 
 def _call(kernel: Callable, **specs: Any) -> Callable:
-    """A `pallas_call` that is interpreted where it is lowered for CPU, so that a CPU machine can compile it for a TPU."""
+    """A `pallas_call`, interpreted where it is lowered for CPU; so a CPU machine can still compile it for a TPU."""
     on_cpu, on_tpu = (pl.pallas_call(kernel, interpret=interpret, **specs) for interpret in (True, False))
     return lambda *arrays: lax.platform_dependent(*arrays, cpu=on_cpu, tpu=on_tpu)
 
