@@ -283,6 +283,9 @@ def main(arguments: list[str] | None = None) -> None:
     _use_compile_cache()
     try:
         app.cli(prog="jaxad", description="Image anomaly detection in JAX.", args=arguments)
+    except BrokenPipeError:  # whoever read our output, such as `head`, has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except (ValueError, FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError) as error:
         if os.environ.get("JAXAD_DEBUG"):
             raise

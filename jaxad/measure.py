@@ -14,6 +14,11 @@ from jaxad.data import Dataset
 from jaxad.detector import Detector, batch_size_for
 from jaxad.files import SCORE_COLUMNS
 
+_MEASURES = (
+    *("image_auroc", "image_ap", "image_f1max", "pixel_auroc", "pixel_ap", "pixel_f1max", "aupro", "aupro_005"),
+    *("score_seconds", "score_images_per_second"),
+)
+
 
 def measure(detector: Detector, data: Dataset, *, f1max: bool = False) -> tuple[dict[str, Any], list[dict], list]:
     """Scores the test source: (measures, rows of scores.csv, pictures for the report)."""
@@ -23,9 +28,7 @@ def measure(detector: Detector, data: Dataset, *, f1max: bool = False) -> tuple[
     result |= {"threshold": None, "fpr": None, "holdout_images": calibration.images if calibration else 0}
     if "test" not in data.sources or not len(data.sources["test"]):
         notes.append("The data has no test images: nothing was measured.")
-        result |= dict.fromkeys(
-            ("image_auroc", "image_ap", "image_f1max", "pixel_auroc", "pixel_ap", "aupro", "aupro_005")
-        )
+        result |= dict.fromkeys(_MEASURES)
         return {**result, **_threshold(calibration, {}, f1max), "per_defect": []}, [], []
     source, facts = data.sources["test"], data.rows["test"]
     labels = _sample_labels(source)

@@ -8,6 +8,9 @@ calibration.json   statistics of held-out normals, with the threshold
 scores.csv         the test images, raw and normalised scores, predictions
 report.json        measures and timings
 report.html        the same for people
+
+A checkpoint is written every 15 seconds of training and at its end; JAXAD_SAVE_SECONDS is another interval, 0 for one
+after every piece (50 steps, or a second of slower ones).
 """
 
 from __future__ import annotations
@@ -45,7 +48,6 @@ from jaxad.files import (
 )
 from jaxad.measure import measure, score_rows
 
-_SAVE_SECONDS = 15.0  # between checkpoints
 _PREDICTED_AT_ONCE = 256  # pictures read before they are scored
 PREDICTION_COLUMNS = ("file", "score", "score_normalised", "predicted")
 
@@ -137,6 +139,7 @@ class _Training:
         self.phases = method.phases(cfg)
         self.steps = [train.num_steps(p, len(train.source_of(method, p, sources))) for p in self.phases]
         self.checkpoints = folder / "checkpoint" if folder else None
+        self.save_seconds = _save_seconds()
         self.log = _Log(folder)
         self.spent = _Spent()
 
@@ -146,12 +149,14 @@ class _Training:
         if start is None:
             self.log.clear()
         state, saved_at, seen_at = None, time.monotonic(), time.monotonic()
+        held = start and start[0]  # the position that is on disk already
         with _Signals() as signals:
             for progress in train.drive(self.method, self.key, self.cfg, self.sources, mode=mode, start=start):
                 self._note(progress, time.monotonic() - seen_at)
                 last = progress.position.phase == len(self.phases)
                 stop = bool(signals.caught) and not last
-                if last or stop or time.monotonic() - saved_at > _SAVE_SECONDS:
+                due = last or stop or time.monotonic() - saved_at > self.save_seconds
+                if due and progress.position != held:
                     self._save(progress)
                     saved_at = time.monotonic()
                 if stop:
@@ -198,6 +203,14 @@ class _Training:
         latest = {name: float(values[-1]) for name, values in progress.metrics.items()}
         rate = self.spent.images / max(self.spent.train_seconds, 1e-9)
         self.console.progress(progress.name, step, progress.steps, latest, rate)
+
+
+def _save_seconds() -> float:
+    text = os.environ.get("JAXAD_SAVE_SECONDS") or "15"
+    try:
+        return float(text)
+    except ValueError:
+        raise ValueError(f"JAXAD_SAVE_SECONDS={text} is no number; expected seconds. Unset it, or pass 15.") from None
 
 
 class _Log:
@@ -404,7 +417,7 @@ def _save_maps(folder: pathlib.Path, names: Sequence[str], maps: np.ndarray, cal
         high = low + 3 * span
     for name, values in zip(names, maps, strict=True):
         flat = pathlib.PurePath(name).with_suffix(".png").as_posix().lstrip("/").replace("../", "").replace("/", "_")
-        save_map(folder / flat, values, low=low, high=high, image=pictures.read_one(name))
+        save_map(folder / flat, values, low=low, high=high, image=pictures.read_full(name))
 
 
 # --- reading a run back -------------------------------------------------------------------------------------------

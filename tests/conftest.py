@@ -4,7 +4,8 @@ import os
 import pathlib
 import tempfile
 
-# Before jax is imported. With fewer cores than virtual devices XLA's thread pool deadlocks in collectives unless NPROC is raised.
+# Before jax is imported. With fewer cores than virtual devices XLA's thread pool deadlocks in collectives unless
+# NPROC is raised.
 os.environ.setdefault("NPROC", "16")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 _FLAGS = "--xla_force_host_platform_device_count=4 --xla_cpu_collective_call_terminate_timeout_seconds=300"

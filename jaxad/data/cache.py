@@ -13,16 +13,9 @@ from typing import Any
 
 import numpy as np
 
+from jaxad.cache import folder
+
 _LIMIT = 20 * 2**30  # bytes; beyond it the entries unused for longest are removed
-
-
-def folder() -> pathlib.Path | None:
-    """Where decoded data goes: $JAXAD_CACHE (a folder, or "off"), else the user's cache folder. None: nowhere."""
-    setting = os.environ.get("JAXAD_CACHE", "")
-    if setting.lower() in ("off", "0", "none"):
-        return None
-    user = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-    return pathlib.Path(setting or os.path.join(user, "jaxad")) / "data"
 
 
 def key_of(*parts: Any) -> str:
@@ -32,7 +25,7 @@ def key_of(*parts: Any) -> str:
 
 def read(key: str) -> tuple[dict[str, np.ndarray], Any] | None:
     """The arrays and facts stored under a key; None where there are none, or no whole ones."""
-    root = folder()
+    root = folder("data")
     if root is None:
         return None
     entry = root / key
@@ -47,7 +40,7 @@ def read(key: str) -> tuple[dict[str, np.ndarray], Any] | None:
 
 def write(key: str, arrays: dict[str, np.ndarray], facts: Any) -> None:
     """Stores arrays and facts: whole or not at all. A cache that cannot be written to is no error."""
-    root = folder()
+    root = folder("data")
     if root is None:
         return
     building = None

@@ -50,3 +50,9 @@ def read(paths: Sequence[str], *, image_size: int | tuple[int, int], channels: i
     store = files.Loose()
     found = decode.in_threads(lambda path: decode.picture(store, path, size, channels)[0], list(paths))
     return np.stack(list(found)) if paths else np.zeros((0, *size, channels), np.uint8)
+
+
+def read_full(path: str) -> np.ndarray:
+    """Reads one picture at its own size: (H, W, 3) uint8. Raises DataError if it is missing, damaged or no picture."""
+    image, _ = decode.full_picture(files.Loose(), path)
+    return np.asarray(image.convert("RGB"))

@@ -208,7 +208,8 @@ def _types_section(report: Mapping[str, Any], table: Table) -> str:
         row = given.get(name, {})
         mine = np.array([defect == name for defect in table.defect], bool)
         total = int(row.get("images", np.sum(mine)))
-        hits = int(row.get("detected", np.sum(mine & (table.predicted == 1))))
+        detected = row.get("detected")
+        hits = int(np.sum(mine & (table.predicted == 1)) if detected is None else detected)
         kind = "bad" if name in normal else "good"
         share = 100 * hits / total if total else 0
         bar = f'<i class="meter {kind}"><i style="width:{share:.1f}%"></i></i>'
