@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pathlib
+import shlex
 import sys
 from typing import Any, Literal
 
@@ -237,9 +238,13 @@ def _train(chosen, folder: pathlib.Path, console: Console, **options: Any) -> di
 
     try:
         return runs.train_run(chosen, folder, console=console, **options)[1]
-    except runs.Interrupted as stop:
+    except (runs.Interrupted, KeyboardInterrupt) as stop:
+        if not (folder / "config.json").exists():
+            raise KeyboardInterrupt from None  # nothing to go on with
         console.close()
-        print(f"{stop}; go on with: jaxad train {chosen.method} --out {folder} --resume", file=sys.stderr)
+        again = ["jaxad", "train", chosen.method, "--out", str(folder), "--resume"]
+        again += ["--threshold", "f1max"] if options.get("f1max") else []
+        print(f"{stop or 'interrupted'}; go on with: {shlex.join(again)}", file=sys.stderr)
         sys.exit(_INTERRUPTED)
 
 
@@ -291,3 +296,6 @@ def main(arguments: list[str] | None = None) -> None:
             raise
         print(f"jaxad: {error}", file=sys.stderr)
         sys.exit(_FAILED)
+    except KeyboardInterrupt:
+        print("jaxad: interrupted", file=sys.stderr)
+        sys.exit(_INTERRUPTED)
