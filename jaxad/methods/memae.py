@@ -281,7 +281,7 @@ PRESETS = {
             "shrink_threshold": 1 / 500,
             "learning_rate": 1e-3,
             "batch_size": 16,
-            "steps": 800,
+            "steps": 1500,
         },
         data={"image_size": 128, "channels": 3},
     ),
@@ -322,6 +322,19 @@ PRESETS = {
             "steps": 5000,
         },
         data={"image_size": 32, "channels": 3},
+    ),
+    "demo": Preset(
+        "64x64 for the embedded synthetic pictures, a minute or two on two cores (ours)",
+        config={
+            "encoder": (32, 64, 128),
+            "decoder": (64, 32),
+            "num_items": 200,
+            "shrink_threshold": 1 / 200,
+            "learning_rate": 1e-3,
+            "batch_size": 16,
+            "steps": 1000,
+        },
+        data={"image_size": 64, "channels": 3},
     ),
     "tiny": Preset(
         "for tests and first looks: 32x32, seconds on two cores (ours)",
