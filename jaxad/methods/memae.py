@@ -281,7 +281,7 @@ PRESETS = {
             "shrink_threshold": 1 / 500,
             "learning_rate": 1e-3,
             "batch_size": 16,
-            "steps": 1500,
+            "steps": 1000,
         },
         data={"image_size": 128, "channels": 3},
     ),
