@@ -91,7 +91,7 @@ def read_memory(
         raise ValueError(f"block_rows={block_rows} is not positive; expected None or at least 1. Leave it out.")
     scaled, tables = _factors(queries, memory, similarity, temperature)
     threshold, use_top1 = jnp.asarray(threshold, jnp.float32), empty_policy == "top1"
-    if impl == "naive":
+    if impl == "naive" or not isinstance(queries.shape[0], int):  # jax.export with any batch: no blocks to count
         return _read_naive(_address(logits_of(scaled, tables[0]), threshold, use_top1), memory, queries.dtype)
     rows = block_rows or _default_rows(memory.shape[0])
     return _attend(scaled, tables, threshold, use_top1, impl, rows)
