@@ -275,8 +275,9 @@ def _forward_blocks(queries, tables, threshold, use_top1, rows):
 
     is_query = jnp.ones((queries.shape[0], 1), bool)  # False where the last block is padded
     usage = jnp.zeros(tables[0].shape[0], jnp.int32)
-    usage, (value, *columns, top, total) = _fold_blocks(block, usage, (queries, is_query), rows)
-    return Read(value, *(x[:, 0] for x in columns), usage), top, total
+    usage, outputs = _fold_blocks(block, usage, (queries, is_query), rows)
+    value, entropy, top_weight, num_active, top, total = outputs
+    return Read(value, entropy[:, 0], top_weight[:, 0], num_active[:, 0], usage), top, total
 
 
 def _backward_blocks(queries, d_value, row, tables, threshold, use_top1, rows):

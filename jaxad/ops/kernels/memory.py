@@ -57,9 +57,13 @@ def forward(queries, tables, threshold, use_top1, rows):
         ],
     )(threshold.reshape(1, 1), queries, tables)
     value, entropy, top_weight = finish_read(value, kept, shifted)
-    usage = jnp.sum(usage, axis=(0, 1))[:num_items].astype(jnp.int32)
-    columns = (x[:num_queries, 0] for x in (entropy, top_weight, num_active.astype(jnp.int32)))
-    read = Read(value[:num_queries].astype(queries.dtype), *columns, usage)
+    read = Read(
+        value=value[:num_queries].astype(queries.dtype),
+        entropy=entropy[:num_queries, 0],
+        top_weight=top_weight[:num_queries, 0],
+        num_active=num_active[:num_queries, 0].astype(jnp.int32),
+        usage=jnp.sum(usage, axis=(0, 1))[:num_items].astype(jnp.int32),
+    )
     return read, top[:num_queries], total[:num_queries]
 
 
@@ -69,20 +73,20 @@ def _forward_kernel(num_queries, num_items, use_top1, threshold, queries, tables
     logits = _block_logits(queries, tables, j, num_items)
 
     @pl.when((sweep == 0) & (j == 0))
-    def _():
+    def start():
         top[...] = jnp.full_like(top, -jnp.inf)
         for sums in (value, kept, shifted, num_active, total):
             sums[...] = jnp.zeros_like(sums)
 
     @pl.when(sweep == 0)
-    def _():
+    def sum_softmax():
         higher = jnp.maximum(top[...], jnp.max(logits, axis=-1, keepdims=True))
         new = jnp.sum(jnp.exp(logits - higher), axis=-1, keepdims=True)
         total[...] = total[...] * jnp.exp(top[...] - higher) + new
         top[...] = higher
 
     @pl.when(sweep == 1)
-    def _():
+    def read():
         part = read_part(logits, top[...], total[...], threshold[...], use_top1)
         is_read = (part > 0).astype(jnp.float32)
         is_query = i * part.shape[0] + lax.broadcasted_iota(jnp.int32, (part.shape[0], 1), 0) < num_queries
@@ -106,7 +110,8 @@ def backward(queries, d_value, row, tables, threshold, use_top1, rows):
         by_query = lambda width: pl.BlockSpec((q_rows, width), lambda *ij: (ij[query_axis], 0))  # noqa: E731
         by_item = (pl.BlockSpec((m_rows, features), lambda *ij: (ij[1 - query_axis], 0)),) * len(tables)
         one = pl.BlockSpec((1, 1), lambda *ij: (0, 0))
-        return [one, by_item, by_query(features), by_query(features), RowStats(*[by_query(1)] * len(row))]
+        stats = jax.tree.map(lambda _: by_query(1), row)
+        return [one, by_item, by_query(features), by_query(features), stats]
 
     d_queries = _call(
         functools.partial(_queries_gradient_kernel, num_items, use_top1),
@@ -130,7 +135,7 @@ def _queries_gradient_kernel(num_items, use_top1, threshold, tables, queries, d_
     _, d_logits = _block_gradients(threshold, tables, queries, d_value, row, j, num_items, use_top1)
 
     @pl.when(j == 0)
-    def _():
+    def start():
         d_queries[...] = jnp.zeros_like(d_queries)
 
     d_queries[...] += product(d_logits, tables[0][...], (1, 0))
@@ -141,7 +146,7 @@ def _tables_gradient_kernel(num_items, use_top1, threshold, tables, queries, d_v
     weights, d_logits = _block_gradients(threshold, tables, queries, d_value, row, j, num_items, use_top1)
 
     @pl.when(i == 0)
-    def _():
+    def start():
         for d_table in d_tables:
             d_table[...] = jnp.zeros_like(d_table)
 
