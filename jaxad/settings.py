@@ -52,7 +52,7 @@ def from_json(values: Mapping[str, Any], *, origin: str = "settings") -> Setting
             )
     if "method" not in values:
         raise ValueError(
-            f"{origin}: 'method' is missing; expected the name of a method, such as memae. Add method: NAME."
+            f"{origin}: 'method' is missing; expected the name of a method. Add method: NAME; `jaxad list` has the names."
         )
     values = dict(values)
     if isinstance(values.get("image_size"), list):
@@ -71,7 +71,7 @@ def read_file(path: str | pathlib.Path) -> dict[str, Any]:
         reason = " ".join(str(error).split())
         raise ValueError(f"{path} is no readable settings file: {reason}. Expected YAML or JSON.") from error
     if not isinstance(values, dict):
-        raise ValueError(f"{path} holds {type(values).__name__}; expected names and values, such as 'method: memae'.")
+        raise ValueError(f"{path} holds {type(values).__name__}; expected names and values, such as 'seed: 1'.")
     return {name: value for name, value in values.items() if name not in ("jaxad", "spec", "fingerprint")}
 
 

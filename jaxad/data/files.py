@@ -47,6 +47,7 @@ def natural(name: str) -> tuple:
 
 
 def is_picture(name: str) -> bool:
+    """Whether the ending is one of a picture file."""
     return suffix(name) in PICTURES and not is_junk(name)
 
 

@@ -18,6 +18,7 @@ _IMAGES = re.compile(r"(?P<part>[^/]*?)images[-.]idx3-ubyte(\.gz)?$")
 
 
 def fits(store) -> bool:
+    """Whether the store looks like this layout."""
     return any(_IMAGES.match(name) for name in store.names)
 
 
