@@ -35,10 +35,12 @@ _UNKNOWN = frozenset(["-1", "unknown", ""])
 
 
 def fits(store) -> bool:
+    """Whether the store looks like this layout."""
     return len(_tables(store)) == 1
 
 
 def plan(store, normal_class=None) -> Plan:
+    """The pictures of this layout and their roles. Raises DataError where they cannot be told."""
     tables = _tables(store)
     if len(tables) != 1:
         here = store.where("").rstrip("/")

@@ -111,8 +111,10 @@ def _twins(plan: Plan) -> list[str]:
 
 
 def count(items: list, noun: str) -> str:
+    """A number with its noun, in the plural if need be."""
     return f"{len(items)} {noun}{'s' if len(items) != 1 else ''}"
 
 
 def few(names: list[str]) -> str:
+    """The first names of a list, and how many more there are."""
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
