@@ -17,12 +17,8 @@ gradient 1125 / 29 MiB, 282 / 30 MiB and 5625 / 31 MiB.
 """
 
 import argparse
-import json
 import pathlib
-import platform
-import subprocess
 import sys
-import time
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +27,7 @@ import numpy as np
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.common import compile_step, environment, timed, write  # noqa: E402
 from jaxad.ops.memory import read_memory  # noqa: E402
 
 ENTROPY_WEIGHT = 2e-4
@@ -65,18 +62,6 @@ def draw(numbers, num_queries, num_items, features):
             jnp.asarray(numbers.standard_normal((num_queries, features), np.float32)),
         )
     )
-
-
-def compile_step(step, arguments):
-    start = time.perf_counter()
-    compiled = jax.jit(step).lower(*arguments).compile()
-    return compiled, time.perf_counter() - start
-
-
-def timed(compiled, *arguments):
-    start = time.perf_counter()
-    result = jax.block_until_ready(compiled(*arguments))
-    return time.perf_counter() - start, result
 
 
 def worst_error(result, expected):
@@ -142,18 +127,6 @@ def report(form, name, num_queries, num_items, features, compiled, seconds, peak
     }
 
 
-def environment():
-    commit = subprocess.run(["git", "-C", ROOT, "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
-    device = jax.devices()[0]
-    return {
-        "jax": jax.__version__,
-        "device": device.device_kind,
-        "platform": device.platform,
-        "machine": platform.machine(),
-        "commit": commit.stdout.strip() or None,
-    }
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--queries", type=int, default=16384)
@@ -178,8 +151,7 @@ def main():
             )
     settings = {k: v for k, v in vars(options).items() if k != "out"}
     if options.out:
-        result = {"settings": settings, "environment": environment(), "results": rows}
-        options.out.write_text(json.dumps(result, indent=1) + "\n")
+        write(options.out, {"settings": settings, "environment": environment(), "results": rows})
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ import optax
 from jaxad.core import Array, Batch, Method, Phase, Preset, Scores, Spec, config, static
 from jaxad.nn import init as draw
 from jaxad.nn.autoencoder import Decoder, Encoder, halved_sizes
-from jaxad.ops.memory import read_memory
+from jaxad.ops.memory import cosine_weight_bound, read_memory
 from jaxad.ops.smooth import gaussian_smooth
 
 
@@ -168,8 +168,7 @@ def _check_threshold(cfg: MemAEConfig) -> None:
         )
     if not cfg.memory or cfg.similarity == "dot":
         return
-    # one item aligned with the query, all others opposed: no weight can be larger
-    top = 1 / (1 + (cfg.num_items - 1) * float(jnp.exp(-2 / temperature)))
+    top = cosine_weight_bound(cfg.num_items, temperature=temperature)
     if threshold >= top:
         raise ValueError(
             f"memae: with similarity='cosine', num_items={cfg.num_items} and temperature={temperature} no weight "
