@@ -47,6 +47,7 @@ def train(
     image_size: str | None = None,
     normal_class: str | None = None,
     holdout: float | None = None,
+    clip_stride: int | None = None,
     preset: str | None = None,
     set: tyro.conf.UseAppendAction[list[str]] = [],  # noqa: A002, B006 - the flag's name; tyro copies it
     config: str | None = None,
@@ -67,6 +68,7 @@ def train(
       image_size: pixels a side, or HEIGHTxWIDTH; the preset's if not given.
       normal_class: the class that is normal, for sets of classes.
       holdout: share of the normal training pictures kept for the threshold.
+      clip_stride: frames between the starts of clips, for videos; 1 if not given.
       preset: named settings of the method (see `jaxad list`).
       set: field=value of the method's config; may be repeated.
       config: file with settings, YAML or JSON, such as the config.json of a run; flags win.
@@ -84,6 +86,7 @@ def train(
     base: dict[str, Any] = settings.read_file(config) if config else {}
     if resume and out and (pathlib.Path(out) / "config.json").exists() and not config:
         base = settings.read_file(pathlib.Path(out) / "config.json")
+    settings.from_json({"method": method, **base}, origin=config or "settings")  # checks it before flags go in
     fields = {**base.get("config", {}), **({"dtype": dtype} if dtype else {}), **settings.parse_assignments(set)}
     given = {
         "data": data,
@@ -91,6 +94,7 @@ def train(
         "image_size": _image_size(image_size),
         "normal_class": normal_class,
         "holdout": holdout,
+        "clip_stride": clip_stride,
         "preset": preset,
         "seed": seed,
         "fpr": fpr,
@@ -291,7 +295,7 @@ def main(arguments: list[str] | None = None) -> None:
     except BrokenPipeError:  # whoever read our output, such as `head`, has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
-    except (ValueError, FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError) as error:
+    except (ValueError, OSError) as error:
         if os.environ.get("JAXAD_DEBUG"):
             raise
         print(f"jaxad: {error}", file=sys.stderr)

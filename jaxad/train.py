@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxad.core import Array, Batch, Method, Phase, Source, as_arrays, spec_of, take
+from jaxad.core import Array, Batch, Method, Phase, Source, as_arrays, keep, spec_of, take
 
 MODES = ("scan", "chunks", "loop")
 
@@ -255,7 +255,8 @@ def drive(
             if step < steps:
                 yield Progress(Position(index, step), phase.name, steps, state, metrics, clock.take())
         metrics = metrics if step > first else {}
-        state = clock.compile(lambda k, s, p=phase: finish(p, k, s), (), key_phase, state)(key_phase, state)
+        if phase.finish is not keep:
+            state = clock.compile(lambda k, s, p=phase: finish(p, k, s), (), key_phase, state)(key_phase, state)
         yield Progress(Position(index + 1, 0), phase.name, steps, state, metrics, clock.take())
 
 

@@ -219,6 +219,34 @@ def test_clip_settings_that_do_not_fit_are_refused():
         memae.check(config("video", **{**CLIP, "time_strides": (1, 2, 2)}), spec)
 
 
+@pytest.mark.parametrize(
+    "fields, tolerance",
+    [
+        ({"dtype": "bfloat16"}, 0.05),
+        ({"conv_impl": "conv"}, 1e-4),
+        ({"conv_impl": "gemm"}, 1e-4),
+        ({"read_impl": "naive"}, 1e-4),
+    ],
+)
+def test_other_arithmetic_scores_the_same(fresh, fields, tolerance):
+    state = with_fields(fresh, shrink_threshold=0.001)
+    expected = scored(state, IMAGES)
+    got = scored(state._replace(cfg=dataclasses.replace(state.cfg, **fields)), IMAGES)
+    assert got.image.dtype == jnp.float32
+    np.testing.assert_allclose(got.image, expected.image, rtol=tolerance)
+    assert fields.get("dtype") is None or (got.image != expected.image).any()
+
+
+def test_flips_are_drawn_by_picture(fresh):
+    """With flips on, the loss depends on the key, since some pictures are mirrored; without them it does not."""
+    step = jax.jit(memae.train_step)
+    batch, losses = _batch(IMAGES), {}
+    for flip in (False, True):
+        state = fresh._replace(cfg=dataclasses.replace(fresh.cfg, flip=flip))
+        losses[flip] = {float(step(jax.random.key(seed), state, batch)[1]["loss"]) for seed in range(4)}
+    assert len(losses[False]) == 1 and len(losses[True]) > 1
+
+
 @pytest.fixture(scope="module")
 def digits():
     """Scikit-learn's real 8x8 digits: eights are normal."""
