@@ -416,8 +416,8 @@ def _save_maps(folder: pathlib.Path, names: Sequence[str], maps: np.ndarray, cal
         low, span = calibration.pixel_median, calibration.pixel_threshold - calibration.pixel_median
         high = low + 3 * span
     for name, values in zip(names, maps, strict=True):
-        flat = pathlib.PurePath(name).with_suffix(".png").as_posix().lstrip("/").replace("../", "").replace("/", "_")
-        save_map(folder / flat, values, low=low, high=high, image=pictures.read_full(name))
+        flat = pathlib.PurePath(name).as_posix().lstrip("/").replace("../", "").replace("/", "_").removesuffix(".png")
+        save_map(folder / f"{flat}.png", values, low=low, high=high, image=pictures.read_full(name))
 
 
 # --- reading a run back -------------------------------------------------------------------------------------------

@@ -52,12 +52,41 @@ def from_json(values: Mapping[str, Any], *, origin: str = "settings") -> Setting
             )
     if "method" not in values:
         raise ValueError(
-            f"{origin}: 'method' is missing; expected the name of a method. Add method: NAME; `jaxad list` has the names."
+            f"{origin}: 'method' is missing; expected the name of a method. Add method: NAME (`jaxad list` has names)."
         )
     values = dict(values)
     if isinstance(values.get("image_size"), list):
         values["image_size"] = tuple(values["image_size"])
+    for name, value in values.items():
+        if name in _EXPECTED and value is not None and not _EXPECTED[name][0](value):
+            raise ValueError(
+                f"{origin}: {name} is {value!r}; expected {_EXPECTED[name][1]}. Correct it or leave it out."
+            )
     return Settings(**values)
+
+
+def _is_size(value: Any) -> bool:
+    return _is_count(value) or (isinstance(value, tuple) and len(value) == 2 and all(map(_is_count, value)))
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and value >= 0
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float)
+
+
+_EXPECTED = {
+    "data": (lambda value: isinstance(value, str), "a path or a name"),
+    "preset": (lambda value: isinstance(value, str), "the name of a preset"),
+    "seed": (lambda value: _is_count(value) and value < 2**32, "a whole number from 0 to 2**32 - 1"),
+    "fpr": (lambda value: _is_number(value) and 0 < value < 1, "a rate between 0 and 1, such as 0.01"),
+    "image_size": (_is_size, "pixels a side, or [height, width]"),
+    **dict.fromkeys(("channels", "clip", "clip_stride", "target"), (_is_count, "a whole number")),
+    "holdout": (_is_number, "a number, such as 0.1"),
+    "config": (lambda value: isinstance(value, Mapping), "fields of the method with their values"),
+}
 
 
 def read_file(path: str | pathlib.Path) -> dict[str, Any]:
