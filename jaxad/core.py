@@ -18,7 +18,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-Array = jax.Array
+if typing.TYPE_CHECKING:
+    Array: typing.TypeAlias = Any  # sources hold NumPy arrays on the host and jax arrays on the device
+else:
+    Array = jax.Array
 Config = typing.TypeVar("Config")
 
 
@@ -100,17 +103,17 @@ def static(default: Any) -> Any:
     return dataclasses.field(default=default, metadata={"static": True})
 
 
-@typing.dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(static,))
+@typing.dataclass_transform(frozen_default=True, kw_only_default=True)
 def config(cls: type[Config]) -> type[Config]:
     """Makes a class a frozen, keyword-only dataclass and a pytree.
 
     Fields given by `static(...)` are metadata; every other field is a leaf, so it may be traced,
     vmapped over, and changed without recompiling.
     """
-    cls = dataclasses.dataclass(frozen=True, kw_only=True)(cls)
-    fields = dataclasses.fields(cls)
+    made: Any = dataclasses.dataclass(frozen=True, kw_only=True)(cls)
+    fields = dataclasses.fields(made)
     return jax.tree_util.register_dataclass(
-        cls,
+        made,
         data_fields=[f.name for f in fields if not f.metadata.get("static")],
         meta_fields=[f.name for f in fields if f.metadata.get("static")],
     )
@@ -162,7 +165,7 @@ def take(source: Source, rows: Array) -> tuple[Array, Array, Array]:
     return pixels.astype(jnp.float32) / 255, source.label[frames], mask
 
 
-def spec_of(data: Mapping[str, Source]) -> Spec:
+def spec_of(data: Mapping[str, Any]) -> Spec:
     """The static facts of a data set. Raises ValueError if it has no source named "train"."""
     if "train" not in data:
         raise ValueError(

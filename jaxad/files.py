@@ -23,7 +23,7 @@ def environment() -> dict[str, Any]:
     """Versions, device and commit."""
     from importlib import metadata
 
-    versions = {}
+    versions: dict[str, str | None] = {}
     for name in ("jaxad", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy"):
         try:
             versions[name] = metadata.version(name)

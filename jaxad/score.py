@@ -120,7 +120,7 @@ def evaluate(
             trusted = piece.valid if has_mask is None else piece.valid & has_mask[rows]
             weights = region_weights[rows]
             pixels = fold(pixels, piece.scores.map, weights > 0, weights, trusted)
-    return Evaluation(*map(np.concatenate, (image, tops, means)), pixels, seconds, compiling)
+    return Evaluation(np.concatenate(image), np.concatenate(tops), np.concatenate(means), pixels, seconds, compiling)
 
 
 def stream(method: Method, state: Any, source: Source) -> tuple[Any, Scores]:

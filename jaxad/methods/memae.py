@@ -82,7 +82,12 @@ class MemAE(nn.Module):
     def __call__(self, x: Array, *, train: bool):
         cfg, dtype = self.cfg, jnp.dtype(self.cfg.dtype)
         strides = layer_strides(cfg, x.ndim - 2)
-        layers = {"strides": strides, "activation": cfg.activation, "impl": cfg.conv_impl, "dtype": dtype}
+        layers: dict[str, Any] = {
+            "strides": strides,
+            "activation": cfg.activation,
+            "impl": cfg.conv_impl,
+            "dtype": dtype,
+        }
         code = Encoder(cfg.encoder, first_kernel=cfg.first_kernel, name="encoder", **layers)(x, train=train)
         read = None
         if cfg.memory:
