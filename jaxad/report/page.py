@@ -4,7 +4,7 @@ Everything here takes plain values (dicts, lists, NumPy arrays) and knows nothin
 `report`, all optional: method, preset, data, layout, image_size, seed, device, parameters; `<source>_images` (counts);
 image_auroc, image_ap, image_f1max, pixel_auroc, pixel_ap, aupro, aupro_005 (None or NaN: not defined); threshold,
 threshold_kind, fpr; load_seconds, compile_seconds, train_seconds, score_seconds, train_images_per_second,
-score_images_per_second; per_defect (dicts: defect, images, detected, image_auroc, pixel_auroc), image_auroc_per_video
+score_images_per_second; per_defect (dicts: defect, images, detected, image_auroc), image_auroc_per_video
 (dict), notes and used_test_for (lists of text).
 """
 
@@ -215,8 +215,8 @@ def _types_section(report: Mapping[str, Any], table: Table) -> str:
         bar = f'<i class="meter {kind}"><i style="width:{share:.1f}%"></i></i>'
         flagged = f'<span class="flagged">{hits:,} ({share:.0f}%){bar}</span>' if table.is_judged else "–"
         cells = [escape(name), f"{total:,}", flagged]
-        rows.append([*cells, fixed(row.get("image_auroc")), fixed(row.get("pixel_auroc"))])
-    head = ["type", nouns(report)[1], "flagged", "image AUROC", "pixel AUROC"]
+        rows.append([*cells, fixed(row.get("image_auroc"))])
+    head = ["type", nouns(report)[1], "flagged", "image AUROC"]
     dots = draw_strips(table)
     return section("By type", f'<div class="split">{html_table(head, rows, safe=True)}{dots}</div>')
 
