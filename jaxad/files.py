@@ -16,6 +16,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxad import __version__
+
 SCORE_COLUMNS = ("file", "label", "score", "score_normalised", "predicted", "defect")
 
 
@@ -23,8 +25,8 @@ def environment() -> dict[str, Any]:
     """Versions, device and commit."""
     from importlib import metadata
 
-    versions: dict[str, str | None] = {}
-    for name in ("jaxad", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy"):
+    versions: dict[str, str | None] = {"jaxad": __version__}
+    for name in ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy"):
         try:
             versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:

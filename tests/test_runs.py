@@ -14,6 +14,7 @@ import jax
 import numpy as np
 import pytest
 
+import jaxad
 from jaxad import methods, runs, settings
 from jaxad.console import Console
 from jaxad.data.arrays import from_arrays
@@ -112,7 +113,7 @@ def test_a_run_folder_is_complete(tmp_path):
     assert report["train_images_per_second"] == pytest.approx(122 * 8 / report["train_seconds"])
     assert logged(folder) == STEPS
     versions = read(folder / "environment.json")["versions"]
-    assert versions["jax"] == jax.__version__ and versions["jaxad"]
+    assert versions["jax"] == jax.__version__ and versions["jaxad"] == jaxad.__version__
     assert read(folder / "calibration.json") == detector.calibration._asdict()
     page = (folder / "report.html").read_text()
     assert f"{report['image_auroc']:.3f}" in page and "loss during training" in page
