@@ -25,6 +25,11 @@ def timed(compiled, *arguments):
     return time.perf_counter() - start, result
 
 
+def turns(forms, repeat):
+    """The forms in the order of this repeat: A B, then B A, since what ran before leaves the caches in its state."""
+    return list(forms)[:: -1 if repeat % 2 else 1]
+
+
 def environment():
     """Versions, device and commit, for the record."""
     commit = subprocess.run(["git", "-C", ROOT, "rev-parse", "HEAD"], capture_output=True, text=True, check=False)

@@ -2,7 +2,7 @@
 
     python benchmarks/memory_read.py --out memory_read.json
 
-Needs jax and numpy only. Every repeat draws fresh inputs and runs all forms on them in turn (A B A B), so that a busy
+Needs jax and numpy only. Every repeat draws fresh inputs and runs all forms on them in turn (A B B A), so that a busy
 machine slows both. Times are medians with the fastest and slowest repeat, after a warm-up, up to `block_until_ready`;
 compilation is reported apart. The matrix product measured in the same loop is the ceiling that shares refer to.
 FLOPs count the matrix products that a form performs: 2 forward; 6 with the gradient, 7 where logits are computed again.
@@ -10,10 +10,7 @@ FLOPs count the matrix products that a form performs: 2 forward; 6 with the grad
 The error is the largest difference to the first form. A weight within rounding of the threshold may be read by one form
 and not by the other, which is a jump and no error of arithmetic; "differ" counts the queries that this happened to.
 
-Seen on 2 cores of an AMD EPYC (AVX-512) with jax 0.10.2, 16384 queries, C = 256, while other jobs kept the machine busy
-(only the ratios mean something): naive / fused took 495 / 315 ms forward and 1330 / 844 ms with the gradient at 2000
-items, 111 / 67 and 304 / 236 ms at 500 items, 3872 / 2179 and 10078 / 3456 ms at 10000 items; temporary memory with the
-gradient 1125 / 29 MiB, 282 / 30 MiB and 5625 / 31 MiB.
+Results are in benchmarks/README.md.
 """
 
 import argparse
@@ -27,7 +24,7 @@ import numpy as np
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.common import compile_step, environment, timed, write  # noqa: E402
+from benchmarks.common import compile_step, environment, timed, turns, write  # noqa: E402
 from jaxad.ops.memory import read_memory  # noqa: E402
 
 ENTROPY_WEIGHT = 2e-4
@@ -89,11 +86,12 @@ def measure(num_queries, num_items, features, forms, repeats, numbers):
         matrix = jnp.asarray(numbers.standard_normal((2048, 2048), np.float32))
         ceiling.append(timed(square, matrix)[0])
         for name in ("forward", "gradient"):
-            expected = None
-            for form in forms:
-                took, result = timed(compiled[form, name][0], *arguments)
+            results = {}
+            for form in turns(forms, repeat):
+                took, results[form] = timed(compiled[form, name][0], *arguments)
                 seconds[form, name].append(took)
-                expected = result if expected is None else expected
+            expected = results[forms[0]]
+            for form, result in results.items():
                 errors[form, name] = max(errors[form, name], worst_error(result, expected))
                 differ[form, name] = max(differ[form, name], queries_that_differ(result, expected))
         if repeat == 0:  # warm-up
@@ -133,7 +131,7 @@ def main():
     parser.add_argument("--items", type=int, nargs="+", default=[500, 2000, 10000])
     parser.add_argument("--features", type=int, default=256)
     parser.add_argument("--queries-per-image", type=int, default=256, help="positions of the encoding; for images/s")
-    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--repeats", type=int, default=6)
     parser.add_argument("--forms", nargs="+", default=["naive", "fused"], help="the first is the reference")
     parser.add_argument("--out", type=pathlib.Path, help="JSON file to write")
     options = parser.parse_args()

@@ -195,7 +195,7 @@ class Progress(NamedTuple):
 
 
 def default_mode() -> str:
-    """How to drive a run on this backend: convolutions inside a scan run about 2x slower on XLA-CPU."""
+    """How to drive a run on this backend: convolutions inside a scan are 2x and more slower on XLA-CPU."""
     return "loop" if jax.default_backend() == "cpu" else "chunks"
 
 
