@@ -154,7 +154,7 @@ class _Training:
             for progress in train.drive(self.method, self.key, self.cfg, self.sources, mode=mode, start=start):
                 self._note(progress, time.monotonic() - seen_at)
                 last = progress.position.phase == len(self.phases)
-                stop = bool(signals.caught) and not last
+                stop = bool(signals.caught)  # at the very end too: only the measuring is left to resume
                 due = last or stop or time.monotonic() - saved_at > self.save_seconds
                 if due and progress.position != held:
                     self._save(progress)
@@ -493,7 +493,7 @@ def fit_detector(
     """Trains a detector, as `jaxad train` does.
 
     Args:
-      method: its name, such as "memae".
+      method: its name; `jaxad list` has them.
       data: a path or name for `jaxad.load`, or what it returned.
       out: a run folder to write; None writes nothing.
       **options: further fields of `Settings` (preset, seed, image_size, fpr, ...); others are fields of the method's
