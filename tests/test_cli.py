@@ -391,3 +391,10 @@ def test_a_closed_pipe_is_no_error(trained, parts):
     command = f"{sys.executable} -m jaxad predict {trained} {parts / 'test'} --quiet | head -1"
     ended = subprocess.run(["bash", "-c", command], capture_output=True, text=True, env=os.environ)
     assert ended.stdout == "file,score,score_normalised,predicted\n" and ended.stderr == ""
+
+
+def test_the_clip_stride_reaches_the_data(monkeypatch):
+    seen = []
+    monkeypatch.setattr("jaxad.runs.train_run", lambda chosen, *args, **options: (seen.append(chosen), {}))
+    main(["train", "memae", "--clip-stride", "3", "--quiet"])
+    assert seen[0].load_arguments()["clip_stride"] == 3

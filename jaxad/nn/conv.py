@@ -2,10 +2,10 @@
 
 `impl="conv"` is XLA's convolution, `impl="gemm"` gathers shifted windows and multiplies matrices. Measured on XLA-CPU
 (jax 0.10.2, 2 cores, forward and backward, 3x3, stride 2):
-  * XLA's gradient of a transposed convolution (`lhs_dilation`) is 4-40x slower than the sub-pixel form used here, in
+  * XLA's gradient of a transposed convolution (`lhs_dilation`) is 2-20x slower than the sub-pixel form used here, in
     which every output phase is its own set of taps and a depth-to-space puts the phases in place.
   * Called step by step, GEMM is up to 1.5x faster for wide outputs and up to 3x slower for narrow ones.
-  * Inside `scan` XLA's convolution is 25-55x slower than outside, and with vmapped kernels (4 members, a grouped
+  * Inside `scan` XLA's convolution is 24-57x slower than outside, and with vmapped kernels (4 members, a grouped
     convolution) 7-12x slower than GEMM, which does not mind either: on CPU, vmapped or scanned runs want "gemm".
 Layouts: images (B, *spatial, C), kernels (*taps, C, O); any number of spatial axes.
 """
