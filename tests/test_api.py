@@ -44,7 +44,7 @@ def code_without_docs(path):
 @pytest.mark.parametrize("path", FILES, ids=module_of)
 def test_no_method_is_named_in_generic_code(path):
     parts = path.relative_to(PACKAGE).parts
-    if parts[0] == "methods" or parts == ("cli.py",):
+    if parts[0] == "methods" or parts[0] == "cli":
         return
     found = [name for name in NAMES if name in code_without_docs(path)]
     assert not found, f"{path.name} names {found}"

@@ -1,8 +1,7 @@
-"""The command line. Nothing heavy is imported before a command needs it: `jaxad --help` knows no jax."""
+"""The verbs that make and use runs: demo, train, eval, predict, export."""
 
 from __future__ import annotations
 
-import os
 import pathlib
 import shlex
 import sys
@@ -10,13 +9,10 @@ from typing import Any, Literal
 
 import tyro
 
-from jaxad import cache
+from jaxad.cli.app import Flag, app, measures_of, parse_size
 from jaxad.console import Console
 
-_FAILED, _INTERRUPTED = 2, 130
-
-app = tyro.extras.SubcommandApp()
-Flag = tyro.conf.FlagCreatePairsOff[bool]
+_INTERRUPTED = 130
 
 
 @app.command(name="demo")
@@ -34,7 +30,7 @@ def demo(*, out: str | None = None, seed: int = 0, quiet: Flag = False) -> None:
     folder = pathlib.Path(out) if out else files.free_folder(pathlib.Path("runs"), "demo")
     report = _train(settings.Settings(method="memae", preset="demo", seed=seed), folder, console, untrained=True)
     before = {"detector": "untrained", "image AUROC": report["untrained_image_auroc"]}
-    console.table([{"detector": "trained", **_measures(report)}, before])
+    console.table([{"detector": "trained", **measures_of(report)}, before])
     console.say(f"Look at {folder / 'report.html'}")
 
 
@@ -91,7 +87,7 @@ def train(
     given = {
         "data": data,
         "layout": layout,
-        "image_size": _image_size(image_size),
+        "image_size": parse_size(image_size),
         "normal_class": normal_class,
         "holdout": holdout,
         "clip_stride": clip_stride,
@@ -104,7 +100,7 @@ def train(
     name = f"{method}-{pathlib.PurePath(chosen.data).name.replace(':', '-')}"
     folder = pathlib.Path(out) if out else files.free_folder(pathlib.Path("runs"), name)
     report = _train(chosen, folder, console, resume=resume, f1max=threshold == "f1max")
-    console.table([{"method": method, **_measures(report)}])
+    console.table([{"method": method, **measures_of(report)}])
     console.say(f"Look at {folder / 'report.html'}")
 
 
@@ -133,7 +129,7 @@ def evaluate(
     console = Console(quiet)
     folder = pathlib.Path(out) if out else files.free_folder(pathlib.Path(run), "eval")
     report = runs.eval_run(run, folder, data=data, fpr=fpr, f1max=threshold == "f1max", console=console)
-    console.table([{"method": report["method"], **_measures(report)}])
+    console.table([{"method": report["method"], **measures_of(report)}])
     console.say(f"Look at {folder / 'report.html'}")
 
 
@@ -179,64 +175,6 @@ def export(run: tyro.conf.Positional[str], *, out: str, platforms: tuple[str, ..
     pathlib.Path(out).write_bytes(artefact)
 
 
-@app.command(name="info")
-def info(*, env: Flag = False) -> None:
-    """Show version, device and caches.
-
-    Args:
-      env: all that a run records of its environment, as JSON.
-    """
-    import json
-
-    from jaxad import files
-
-    facts = files.environment()
-    if env:
-        print(json.dumps(facts, indent=2))
-        return
-    versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
-    print(f"{versions}\nPython {facts['python']}, {facts['platform']}")
-    print(f"device: {facts['device']} x {facts['devices']}\ncache: {cache.folder('xla') or 'off'}")
-
-
-@app.command(name="data")
-def data(
-    action: tyro.conf.Positional[Literal["check"]],
-    path: tyro.conf.Positional[str],
-    *,
-    layout: str | None = None,
-    normal_class: str | None = None,
-    holdout: float = 0.1,
-) -> None:
-    """Look through data without training: counts, sizes, roles, what is skipped and why. Fails on problems.
-
-    Args:
-      action: check.
-      path: folder, ZIP or table of pictures.
-      layout: how the pictures are arranged, if it is not recognised.
-      normal_class: the class that is normal, for sets of classes.
-      holdout: share of the normal training pictures kept for the threshold.
-    """
-    del action
-    from jaxad.data import check
-
-    report = check(path, layout=layout, normal_class=normal_class, holdout=holdout)
-    print(report)
-    if report.problems:
-        sys.exit(1)
-
-
-@app.command(name="list")
-def list_methods() -> None:
-    """List the methods and their presets."""
-    from jaxad import methods
-
-    for name in methods.METHODS:
-        print(f"{name}: {methods.summary(name)}")
-        for preset, facts in methods.get(name).presets.items():
-            print(f"    {preset:10} {facts.doc}")
-
-
 def _train(chosen, folder: pathlib.Path, console: Console, **options: Any) -> dict[str, Any]:
     from jaxad import runs
 
@@ -249,57 +187,4 @@ def _train(chosen, folder: pathlib.Path, console: Console, **options: Any) -> di
         again = ["jaxad", "train", chosen.method, "--out", str(folder), "--resume"]
         again += ["--threshold", "f1max"] if options.get("f1max") else []
         print(f"{stop or 'interrupted'}; go on with: {shlex.join(again)}", file=sys.stderr)
-        sys.exit(_INTERRUPTED)
-
-
-def _measures(report: dict[str, Any]) -> dict[str, Any]:
-    names = {
-        "image AUROC": "image_auroc",
-        "image AP": "image_ap",
-        "image F1-max": "image_f1max",
-        "pixel AUROC": "pixel_auroc",
-        "AUPRO": "aupro",
-        "threshold": "threshold",
-        "train s": "train_seconds",
-        "compile s": "compile_seconds",
-    }
-    return {title: report.get(name) for title, name in names.items()}
-
-
-def _image_size(text: str | None) -> int | tuple[int, int] | None:
-    if text is None:
-        return None
-    parts = text.lower().split("x")
-    if len(parts) > 2 or not all(part.isdigit() and int(part) for part in parts):
-        raise ValueError(
-            f"--image-size {text!r}; expected pixels a side, such as 128, or HEIGHTxWIDTH, such as 96x128."
-        )
-    return int(parts[0]) if len(parts) == 1 else (int(parts[0]), int(parts[1]))
-
-
-def _use_compile_cache() -> None:
-    """Compiled programs outlive the process, unless JAXAD_CACHE=off or jax was told where to keep them."""
-    folder = cache.folder("xla")
-    if folder is None:
-        return
-    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(folder))
-    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
-    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
-
-
-def main(arguments: list[str] | None = None) -> None:
-    """Runs a command; what the user got wrong is one line on standard error and exit status 2."""
-    _use_compile_cache()
-    try:
-        app.cli(prog="jaxad", description="Image anomaly detection in JAX.", args=arguments)
-    except BrokenPipeError:  # whoever read our output, such as `head`, has enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
-    except (ValueError, OSError) as error:
-        if os.environ.get("JAXAD_DEBUG"):
-            raise
-        print(f"jaxad: {error}", file=sys.stderr)
-        sys.exit(_FAILED)
-    except KeyboardInterrupt:
-        print("jaxad: interrupted", file=sys.stderr)
         sys.exit(_INTERRUPTED)
