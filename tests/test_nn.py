@@ -91,6 +91,27 @@ def test_impls_agree_under_vmapped_kernels():
     np.testing.assert_allclose(run("gemm"), run("conv"), atol=1e-4)
 
 
+@pytest.mark.parametrize(
+    "target, outputs, expected",
+    [
+        ({}, 3, "conv"),
+        ({}, 64, "gemm"),
+        ({"members": True}, 3, "gemm"),
+        ({"looped": True}, 3, "gemm"),
+        ({"platform": "tpu"}, 64, "conv"),
+        ({"platform": "gpu", "members": True}, 64, "conv"),
+        ({"platform": "cpu", "looped": True}, 3, "gemm"),
+    ],
+)
+def test_the_lowering_suits_what_is_traced_for(target, outputs, expected):
+    with conv.lowering_for(**target):
+        assert conv.choose_impl("auto", outputs) == expected
+        with conv.lowering_for(platform="tpu"):
+            assert conv.choose_impl("auto", outputs) == "conv", "the innermost counts"
+        assert conv.choose_impl("conv", outputs) == "conv" and conv.choose_impl("gemm", outputs) == "gemm"
+    assert conv.choose_impl("auto", 64) == "gemm", "the target outlived its block"
+
+
 def test_unknown_impl_is_refused():
     with pytest.raises(ValueError, match="conv_impl='fft' is unknown"):
         conv.choose_impl("fft", 8)

@@ -12,10 +12,12 @@ Layouts: images (B, *spatial, C), kernels (*taps, C, O); any number of spatial a
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import itertools
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -30,8 +32,44 @@ IMPLS = ("auto", "conv", "gemm")
 _NARROW = 32  # outputs (phases x channels) under which a GEMM of windows loses to XLA-CPU's convolution
 
 
+class _Target(NamedTuple):
+    platform: str | None = None
+    members: bool = False
+    looped: bool = False
+
+
+_target: contextvars.ContextVar[_Target] = contextvars.ContextVar("jaxad_conv_target", default=_Target())
+
+
+@contextlib.contextmanager
+def lowering_for(*, platform: str | None = None, members: bool = False, looped: bool = False) -> Iterator[None]:
+    """Says what a program is traced for; "auto" chooses accordingly.
+
+    It is read while tracing, so put it around the tracing (`jit(...).lower(...)`, the first call, `jax.export`), best
+    inside the function that is traced: a program that jit has cached is not traced again. The innermost one counts.
+
+    Args:
+      platform: "cpu", "gpu" or "tpu"; None: the default backend. Needed where one compiles for a device that is not
+        here.
+      members: the kernels are vmapped over the members of a sweep.
+      looped: the step is the body of a `scan`, `while_loop` or `map`.
+    """
+    token = _target.set(_Target(platform, members, looped))
+    try:
+        yield
+    finally:
+        _target.reset(token)
+
+
 def choose_impl(impl: str, outputs: int) -> str:
-    """Resolves "auto" at trace time: on CPU GEMM, unless the output is narrow; elsewhere XLA's convolution.
+    """Resolves "auto" at trace time, by the target that `lowering_for` names; the one place where this is decided.
+
+    Args:
+      impl: "auto", "conv" or "gemm".
+      outputs: output channels, with those of all phases of a transposed convolution.
+
+    Returns:
+      "conv" or "gemm".
 
     Raises:
       ValueError: an unknown name.
@@ -40,7 +78,10 @@ def choose_impl(impl: str, outputs: int) -> str:
         raise ValueError(f"conv_impl={impl!r} is unknown; expected one of {IMPLS}. Pass conv_impl='auto'.")
     if impl != "auto":
         return impl
-    return "gemm" if jax.default_backend() == "cpu" and outputs >= _NARROW else "conv"
+    target = _target.get()
+    if (target.platform or jax.default_backend()) != "cpu":
+        return "conv"
+    return "gemm" if target.members or target.looped or outputs >= _NARROW else "conv"
 
 
 def correlate(
