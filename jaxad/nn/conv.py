@@ -38,7 +38,8 @@ class _Target(NamedTuple):
     looped: bool = False
 
 
-_target: contextvars.ContextVar[_Target] = contextvars.ContextVar("jaxad_conv_target", default=_Target())
+_HERE = _Target()
+_target: contextvars.ContextVar[_Target] = contextvars.ContextVar("jaxad_conv_target", default=_HERE)
 
 
 @contextlib.contextmanager
