@@ -15,14 +15,11 @@ after every piece (50 steps, or a second of slower ones).
 
 from __future__ import annotations
 
-import contextlib
-import csv
 import dataclasses
 import json
 import os
 import pathlib
 import signal
-import sys
 import threading
 import time
 from collections.abc import Sequence
@@ -46,10 +43,7 @@ from jaxad.files import (
     write_json,
     write_text,
 )
-from jaxad.measure import measure, score_rows
-
-_PREDICTED_AT_ONCE = 256  # pictures read before they are scored
-PREDICTION_COLUMNS = ("file", "score", "score_normalised", "predicted")
+from jaxad.measure import measure
 
 
 class Interrupted(Exception):
@@ -353,71 +347,6 @@ def eval_run(
     folder = pathlib.Path(out)
     folder.mkdir(parents=True, exist_ok=True)
     return finish_run(detector, tested.to_device(), chosen, timings, folder, f1max=f1max)
-
-
-def predict_run(
-    run: str | os.PathLike,
-    paths: Sequence[str | os.PathLike],
-    *,
-    out: str | os.PathLike | None = None,
-    save_maps: str | os.PathLike | None = None,
-    console: Console | None = None,
-) -> None:
-    """Scores picture files: CSV rows file, score, score_normalised, predicted, in the order given.
-
-    Args:
-      run: the run's folder.
-      paths: files and folders.
-      out: CSV file; None for standard output.
-      save_maps: folder for heat maps laid over the pictures, on the scale of the calibration.
-      console: where to show progress.
-
-    Raises:
-      DataError: a file that is missing, damaged or no picture; rows of the pictures before it are written.
-      ValueError: no paths, or a detector of clips.
-    """
-    from jaxad.data import pictures
-
-    detector = load_detector(run)
-    chosen, _ = read_config(pathlib.Path(run))
-    if len(detector.spec.image) == 4:
-        raise ValueError(
-            f"{run} scores clips of {detector.spec.image[0]} frames, not pictures; expected a detector of pictures. "
-            f"Score videos with: jaxad eval {run} --data FOLDER"
-        )
-    if not paths:
-        raise ValueError("no pictures given; expected files, folders, or - and a list on standard input.")
-    names = pictures.find(paths)
-    height, width, channels = detector.spec.image
-    with contextlib.ExitStack() as stack:
-        file = sys.stdout if out is None else stack.enter_context(open(out, "w", encoding="utf-8", newline=""))
-        writer = csv.DictWriter(file, PREDICTION_COLUMNS, extrasaction="ignore", lineterminator="\n")
-        writer.writeheader()
-        for first in range(0, len(names), _PREDICTED_AT_ONCE):
-            part = names[first : first + _PREDICTED_AT_ONCE]
-            images = pictures.read(part, image_size=(height, width), channels=channels)
-            scores = detector.score(images)
-            writer.writerows(score_rows(scores.image, part, detector.calibration))
-            file.flush()
-            if save_maps is not None:
-                _save_maps(pathlib.Path(save_maps), part, scores.map, detector.calibration)
-            if console:
-                console.progress("predict", first + len(part), len(names))
-
-
-def _save_maps(folder: pathlib.Path, names: Sequence[str], maps: np.ndarray, calibration: Any) -> None:
-    """Heat maps laid over the pictures at their own size, on one scale for all."""
-    from jaxad.data import pictures
-    from jaxad.report import save_map
-
-    folder.mkdir(parents=True, exist_ok=True)
-    low, high = float(maps.min()), float(maps.max())
-    if calibration is not None:  # so that maps of different calls compare
-        low, span = calibration.pixel_median, calibration.pixel_threshold - calibration.pixel_median
-        high = low + 3 * span
-    for name, values in zip(names, maps, strict=True):
-        flat = pathlib.PurePath(name).as_posix().lstrip("/").replace("../", "").replace("/", "_").removesuffix(".png")
-        save_map(folder / f"{flat}.png", values, low=low, high=high, image=pictures.read_full(name))
 
 
 # --- reading a run back -------------------------------------------------------------------------------------------

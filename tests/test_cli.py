@@ -342,15 +342,27 @@ def test_predict_takes_files_folders_and_a_list(capsys, monkeypatch, tmp_path, t
 
 def test_predict_saves_maps(tmp_path, trained, parts):
     main(["predict", str(trained), str(parts / "test"), "--save-maps", str(tmp_path / "maps"), "--quiet"])
-    maps = sorted((tmp_path / "maps").iterdir())
-    assert len(maps) == 8 and {path.suffix for path in maps} == {".png"}
-    (hole,) = [path for path in maps if path.stem.endswith("hole_001")]
+    maps = {str(path.relative_to(tmp_path / "maps")) for path in (tmp_path / "maps").rglob("*.*")}
+    assert maps == {f"{kind}/00{i}.png" for kind in ("good", "hole") for i in range(4)}
+    hole = tmp_path / "maps/hole/001.png"
     shown, picture = (np.asarray(Image.open(p).convert("RGB")).astype(int) for p in (hole, parts / "test/hole/001.png"))
     assert shown.shape == picture.shape  # at the picture's own size
     painted = np.abs(shown - picture).sum(axis=-1)
     inside = np.zeros((30, 40), bool)
     inside[2:14, 22:38] = True
     assert painted[inside].mean() > 4 * painted[~inside].mean()
+
+
+def test_maps_of_different_pictures_are_different_files(tmp_path, trained, parts):
+    names = ["a/b.png", "a_b.png", "a/b.bmp"]
+    (tmp_path / "a").mkdir()
+    for name in names:
+        Image.open(parts / "test/good/000.png").save(tmp_path / name)
+    for given in (names, names[:1]):
+        arguments = [*(str(tmp_path / name) for name in given), "--save-maps", str(tmp_path / f"maps{len(given)}")]
+        main(["predict", str(trained), *arguments, "--quiet"])
+    found = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("maps*/**/*.*")}
+    assert found == {"maps3/a/b.png", "maps3/a_b.png", "maps3/a/b.bmp.png", "maps1/b.png"}
 
 
 def test_predict_names_what_it_cannot_read(capsys, monkeypatch, tmp_path, trained):

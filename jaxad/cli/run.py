@@ -151,11 +151,11 @@ def predict(
       save_maps: folder for heat maps laid over the pictures.
       quiet: print no remarks.
     """
-    from jaxad import runs
+    from jaxad.predict import predict_run
 
     listed = [line.rstrip("\n") for line in sys.stdin if line.strip()] if "-" in paths else []
     wanted = [path for path in paths if path != "-"] + listed
-    runs.predict_run(run, wanted, out=out, save_maps=save_maps, console=Console(quiet))
+    predict_run(run, wanted, out=out, save_maps=save_maps, console=Console(quiet))
 
 
 @app.command(name="export")
