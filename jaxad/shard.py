@@ -5,6 +5,8 @@ Methods know nothing of either: they are written for the whole batch and for one
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -79,3 +81,33 @@ def replicate(tree: Any, mesh: Mesh) -> Any:
 def over_runs(tree: Any, mesh: Mesh) -> Any:
     """Splits the leading axis of every leaf, the members of a sweep, over the axis "run"."""
     return jax.device_put(tree, NamedSharding(mesh, PartitionSpec("run")))
+
+
+_COLLECTIVE = re.compile(
+    r" = (?P<result>.*?) (?P<kind>all-reduce|all-gather|reduce-scatter|all-to-all|ragged-all-to-all"
+    r"|collective-permute|collective-broadcast)(?P<end>-done)?\("
+)
+_SHAPE = re.compile(r"\b(?P<dtype>pred|[a-z]+(?P<bits>\d+)\w*)\[(?P<sizes>[\d,]*)\]")
+
+
+def collectives(compiled: Any) -> dict[str, tuple[int, int]]:
+    """What a compiled program exchanges between devices, read from its HLO.
+
+    Args:
+      compiled: as from `jax.jit(...).lower(...).compile()`, for any platform.
+
+    Returns:
+      By kind, such as "all-reduce": (how many operations, bytes of their results on one device). An operation inside a
+      loop counts once.
+    """
+    found: dict[str, tuple[int, int]] = {}
+    for match in _COLLECTIVE.finditer(compiled.as_text()):
+        size = sum(_bytes(shape) for shape in _SHAPE.finditer(match["result"]))
+        count, before = found.get(match["kind"], (0, 0))
+        found[match["kind"]] = count + 1, before + size
+    return found
+
+
+def _bytes(shape: re.Match) -> int:
+    """Of a shape as HLO writes it, such as bf16[8,128]."""
+    return math.prod(map(int, filter(None, shape["sizes"].split(",")))) * int(shape["bits"] or 8) // 8
