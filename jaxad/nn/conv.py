@@ -16,7 +16,7 @@ import contextlib
 import contextvars
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -163,8 +163,14 @@ def correlate_transposed(
     return full[(slice(None), *(slice(0, end) for end in ends))]
 
 
+def _kernel_init(std: float | None, bound: float) -> Callable:
+    return init.uniform(bound) if std is None else init.normal(std)
+
+
 class Conv(nn.Module):
     """A convolution with bias; kernel drawn from N(0, kernel_std**2), bias from U(+-1/sqrt(fan_in)).
+
+    `kernel_std=None` draws the kernel like the bias, torch's default.
 
     `normalised` says that batch normalisation follows: the bias then has no effect and a true gradient of zero, which
     Adam would turn from rounding noise into steps of the size of the learning rate; so it is cut.
@@ -174,7 +180,7 @@ class Conv(nn.Module):
     taps: Sequence[int]
     strides: Sequence[int]
     padding: Sequence[int]
-    kernel_std: float = 0.02
+    kernel_std: float | None = 0.02
     impl: str = "auto"
     normalised: bool = False
     dtype: Any = jnp.float32
@@ -182,8 +188,9 @@ class Conv(nn.Module):
     @nn.compact
     def __call__(self, image: Array) -> Array:
         shape = (*self.taps, image.shape[-1], self.features)
-        kernel = self.param("kernel", init.normal(self.kernel_std), shape)
-        bias = self.param("bias", init.uniform(1 / math.sqrt(math.prod(shape[:-1]))), (self.features,))
+        bound = 1 / math.sqrt(math.prod(shape[:-1]))
+        kernel = self.param("kernel", _kernel_init(self.kernel_std, bound), shape)
+        bias = self.param("bias", init.uniform(bound), (self.features,))
         bias = lax.stop_gradient(bias) if self.normalised else bias
         image, kernel = image.astype(self.dtype), kernel.astype(self.dtype)
         padding = [(p, p) for p in self.padding]
@@ -196,7 +203,7 @@ class ConvTranspose(nn.Module):
     features: int
     strides: Sequence[int]
     output_padding: Sequence[int]
-    kernel_std: float = 0.02
+    kernel_std: float | None = 0.02
     impl: str = "auto"
     normalised: bool = False
     dtype: Any = jnp.float32
@@ -204,9 +211,10 @@ class ConvTranspose(nn.Module):
     @nn.compact
     def __call__(self, image: Array) -> Array:
         rank = len(self.strides)
-        kernel = self.param("kernel", init.normal(self.kernel_std), (3,) * rank + (image.shape[-1], self.features))
-        # torch takes the fan-in of a transposed kernel from its output channels
-        bias = self.param("bias", init.uniform(1 / math.sqrt(3**rank * self.features)), (self.features,))
+        bound = 1 / math.sqrt(3**rank * self.features)  # torch takes a transposed kernel's fan-in from its outputs
+        shape = (3,) * rank + (image.shape[-1], self.features)
+        kernel = self.param("kernel", _kernel_init(self.kernel_std, bound), shape)
+        bias = self.param("bias", init.uniform(bound), (self.features,))
         bias = lax.stop_gradient(bias) if self.normalised else bias
         image, kernel = image.astype(self.dtype), kernel.astype(self.dtype)
         outputs = correlate_transposed(
