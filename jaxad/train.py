@@ -43,8 +43,9 @@ def _mix(x: Array) -> Array:
 def shuffled_rows(key: Array, positions: Array, *, size: int) -> Array:
     """Maps positions of an endless stream to rows so that every epoch is a new permutation of all rows.
 
-    A keyed Feistel network over the next power of four, walked until it lands below `size`: O(B) work a step, no
-    state, and none of the sorting and compile time of `jax.random.permutation`.
+    A keyed swap-or-not shuffle: in each round a row changes place with its mirror image about a random point, or not.
+    O(B log N) work a step, no state, and none of the sorting and compile time of `jax.random.permutation`. No round
+    depends on the data: a walk until all rows are found would make devices, and members of a sweep, wait for each other.
 
     Args:
       key: a PRNG key; fixes all epochs.
@@ -54,21 +55,19 @@ def shuffled_rows(key: Array, positions: Array, *, size: int) -> Array:
     Returns:
       (B,) int32 rows in [0, N).
     """
-    half = max(1, ((size - 1).bit_length() + 1) // 2)
-    low = jnp.uint32((1 << half) - 1)
     words = jax.random.key_data(key).astype(jnp.uint32).reshape(-1)
-    epoch = (positions // size).astype(jnp.uint32)
-    salts = [_mix(words[0] ^ _mix(words[-1] + epoch + jnp.uint32(0x9E3779B9 * (r + 1) % 2**32))) for r in range(4)]
+    seed = _mix(words[0] ^ _mix(words[-1] + (positions // size).astype(jnp.uint32)))
 
-    def permute(x):
-        left, right = x >> half, x & low
-        for salt in salts:
-            left, right = right, left ^ (_mix(right ^ salt) & low)
-        return (left << half) | right
+    def maybe_swap(turn, x):
+        salt = _mix(seed + jnp.uint32(0x9E3779B9) * (turn.astype(jnp.uint32) + 1))
+        mirror = salt % jnp.uint32(size) + jnp.uint32(size) - x
+        mirror = jnp.where(mirror >= size, mirror - jnp.uint32(size), mirror)
+        # Both rows of a pair draw the same bit, from the larger of them.
+        bit = _mix(jnp.maximum(x, mirror) ^ (salt * jnp.uint32(0x85EBCA6B))) & 1
+        return jnp.where(bit == 1, mirror, x)
 
-    first = permute((positions % size).astype(jnp.uint32))
-    rows = lax.while_loop(lambda x: jnp.any(x >= size), lambda x: jnp.where(x < size, x, permute(x)), first)
-    return rows.astype(jnp.int32)
+    first = (positions % size).astype(jnp.uint32)
+    return lax.fori_loop(0, 6 * size.bit_length(), maybe_swap, first, unroll=8).astype(jnp.int32)
 
 
 def num_steps(phase: Phase, size: int) -> int:

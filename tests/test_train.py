@@ -28,6 +28,17 @@ def test_every_epoch_is_another_permutation(size):
         assert (epochs[0] != np.arange(size)).mean() > 0.5
 
 
+def test_rows_that_follow_each_other_are_unrelated():
+    """The step from a row to the next (modulo N) is as often 1 as any other; chance stays within 5 deviations."""
+    size, epochs = 209, 3000
+    positions = jnp.arange(size * epochs, dtype=jnp.int32)
+    rows = np.asarray(jax.jit(lambda p: train.shuffled_rows(KEY, p, size=size))(positions)).reshape(epochs, size)
+    steps = np.bincount((np.diff(rows, axis=1) % size).ravel(), minlength=size)[1:]
+    expected = epochs
+    excess = (((steps - expected) ** 2 / expected).sum() - (size - 2)) / np.sqrt(2 * (size - 2))
+    assert steps.sum() == expected * (size - 1) and abs(excess) < 5
+
+
 def test_shuffling_depends_on_the_key_and_spreads_rows_evenly():
     positions = jnp.arange(1000)
     run = jax.jit(lambda key: train.shuffled_rows(key, positions, size=1000))
