@@ -1,0 +1,104 @@
+"""Peers: plain PyTorch versions of the methods, as their public implementations work, to race against.
+
+A peer is a file here with the name of its method and one function:
+
+    def make(state, spec, *, device, wrap) -> Peer
+
+It takes its weights from a jaxad state, so that both sides do the same work on the same numbers; `wrap` is either
+`torch.compile` or a function that changes nothing, and is put around whatever a user would compile.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+
+class Peer(NamedTuple):
+    """What a peer does. Every function returns tensors on the peer's device."""
+
+    score: Callable  # (images uint8 tensor) -> (image scores (B,), maps (B, H, W))
+    steps: Mapping[str, Callable]  # phase name -> (PeerBatch) -> {metric: scalar}; one step of training, as jaxad's
+    module: Any = None  # the nn.Module that holds the weights
+
+
+class PeerBatch(NamedTuple):
+    """B rows of a source as tensors."""
+
+    image: Any  # (B, C, H, W), or (B, C, T, H, W) for clips; uint8
+    label: Any  # (B,) int64
+    mask: Any  # (B, H, W) float32
+
+
+def make(method: str, state: Any, spec: Any, *, compiled: bool = False) -> Peer:
+    """The peer of a method, with the weights of a state.
+
+    Args:
+      method: name of the method.
+      state: a jaxad state of it; trained or not.
+      spec: of the data the state was made for.
+      compiled: under `torch.compile`.
+
+    Raises:
+      ValueError: the method has no peer, or torch is missing.
+    """
+    if importlib.util.find_spec("torch") is None:
+        raise ValueError(
+            "peers are written in PyTorch, which is not installed here; expected torch >= 2.13. "
+            "Run pip install torch==2.13.0, or leave out --peer."
+        )
+    if importlib.util.find_spec(f"{__name__}.{method}") is None:
+        raise ValueError(
+            f"method {method!r} has no peer; expected a file benchmarks/peers/{method}.py. "
+            "Write one (see benchmarks/peers/__init__.py), or leave out --peer."
+        )
+    import torch
+
+    torch.set_num_threads(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    wrap = (lambda function: torch.compile(function, dynamic=False)) if compiled else (lambda function: function)
+    return importlib.import_module(f"{__name__}.{method}").make(state, spec, device=device(), wrap=wrap)
+
+
+def device() -> str:
+    """Where peers run: on the GPU if jax does, else on the CPU."""
+    import jax
+    import torch
+
+    return "cuda" if jax.default_backend() == "gpu" and torch.cuda.is_available() else "cpu"
+
+
+def place(images: np.ndarray) -> Any:
+    """Pictures (B, H, W, C) or clips (B, T, H, W, C), uint8, as a channels-first tensor on the peer's device."""
+    import torch
+
+    return torch.from_numpy(np.ascontiguousarray(np.moveaxis(images, -1, 1))).to(device())
+
+
+def place_batch(images: np.ndarray, labels: np.ndarray, masks: np.ndarray) -> PeerBatch:
+    """A batch for a step; images as for `place`, labels (B,), masks (B, H, W)."""
+    import torch
+
+    where = device()
+    label, mask = torch.as_tensor(labels, dtype=torch.int64), torch.as_tensor(masks, dtype=torch.float32)
+    return PeerBatch(place(images), label.to(where), mask.to(where))
+
+
+def wait(result: Any) -> Any:
+    """Returns the result once the peer's device has done all its work."""
+    import torch
+
+    if torch.cuda.is_available() and device() == "cuda":
+        torch.cuda.synchronize()
+    return result
+
+
+def tensor(array: Any) -> Any:
+    """A jax or NumPy array as a tensor of its own memory."""
+    import torch
+
+    return torch.from_numpy(np.array(array))
