@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxad import metrics
+from jaxad import metrics, shard
 from jaxad.core import Method, Scores, Source, take
 
 
@@ -50,23 +50,32 @@ class _Piece(NamedTuple):
 
 
 def _pieces(method: Method, state: Any, source: Source, *, batch_size: int) -> Iterator[_Piece]:
-    """Scores a source batch by batch; every batch has the same shape, the last is padded with its last row."""
-    size = len(source)
+    """Scores a source batch by batch; every batch has the same shape, the last is padded with its last row.
+
+    A detector on a mesh scores with all its devices, a share of each batch on each.
+    """
+    size, mesh = len(source), shard.mesh_of(state)
     batch_size = max(1, min(batch_size, size))
+    if mesh is not None:
+        batch_size = -(-batch_size // mesh.shape["data"]) * mesh.shape["data"]
+        source = shard.replicate(source, mesh)
 
     def run(state, source, rows):
+        if mesh is not None:
+            rows = jax.lax.with_sharding_constraint(rows, shard.split(mesh))
         return method.score(state, take(source, rows)[0])
 
     rows_at = [np.arange(first, first + batch_size, dtype=np.int32) for first in range(0, size, batch_size)]
     began = time.perf_counter()
-    compiled = jax.jit(run).lower(state, source, jnp.zeros(batch_size, jnp.int32)).compile()
+    whole = None if mesh is None else shard.replicated(mesh)
+    compiled = jax.jit(run, out_shardings=whole).lower(state, source, rows_at[0]).compile()
     compiling = time.perf_counter() - began
     for rows in rows_at:
         began = time.perf_counter()
-        scores = jax.block_until_ready(compiled(state, source, jnp.asarray(np.minimum(rows, size - 1))))
+        scores = jax.block_until_ready(compiled(state, source, np.minimum(rows, size - 1)))
         seconds = time.perf_counter() - began
         valid = rows < size
-        yield _Piece(rows[valid], scores, valid, seconds, compiling)
+        yield _Piece(rows[valid], scores if mesh is None else shard.local(scores), valid, seconds, compiling)
         compiling = 0.0
 
 

@@ -11,9 +11,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from jaxad.core import Batch
+from jaxad.core import Batch, Phase
 
 AXES = ("run", "data")
 
@@ -67,20 +69,78 @@ def over_data(mesh: Mesh) -> Callable[[Batch], Batch]:
     def place(batch: Batch) -> Batch:
         if batch.label.shape[0] % mesh.shape["data"]:
             return batch
-        split = NamedSharding(mesh, PartitionSpec("data"))
-        return jax.tree.map(lambda leaf: jax.lax.with_sharding_constraint(leaf, split), batch)
+        return jax.tree.map(lambda leaf: jax.lax.with_sharding_constraint(leaf, split(mesh)), batch)
 
     return place
 
 
+def check_batches(phases: Sequence[Phase], mesh: Mesh) -> None:
+    """Refuses a mesh that cannot split the batches of a training run.
+
+    Raises:
+      ValueError: members of a sweep to spread where there is one run, or a batch that the devices do not divide.
+    """
+    devices = mesh.shape["data"]
+    if mesh.shape["run"] > 1:
+        raise ValueError(
+            f"--mesh run={mesh.shape['run']} spreads the members of a sweep; expected data only, this is one run. "
+            f"Pass --mesh data={mesh.size}."
+        )
+    for phase in phases:
+        if phase.batch_size % devices:
+            fitting = max(n for n in range(1, devices + 1) if phase.batch_size % n == 0)
+            raise ValueError(
+                f"--mesh data={devices}: phase '{phase.name}' has batches of {phase.batch_size}, which {devices} "
+                f"devices do not divide; expected a divisor. Pass --mesh data={fitting}, or another batch size."
+            )
+
+
+def split(mesh: Mesh) -> NamedSharding:
+    """The leading axis over "data"."""
+    return NamedSharding(mesh, PartitionSpec("data"))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The same on every device of the mesh."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
 def replicate(tree: Any, mesh: Mesh) -> Any:
     """Puts a tree on every device of the mesh."""
-    return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
+    return put(tree, replicated(mesh))
 
 
 def over_runs(tree: Any, mesh: Mesh) -> Any:
     """Splits the leading axis of every leaf, the members of a sweep, over the axis "run"."""
-    return jax.device_put(tree, NamedSharding(mesh, PartitionSpec("run")))
+    return put(tree, NamedSharding(mesh, PartitionSpec("run")))
+
+
+def put(tree: Any, sharding: jax.sharding.Sharding) -> Any:
+    """Puts a tree that every process holds whole on the devices of a sharding."""
+    return jax.tree.map(lambda leaf: _put(leaf, sharding), tree)
+
+
+def _put(leaf: Any, sharding: jax.sharding.Sharding) -> jax.Array:
+    if sharding.is_fully_addressable or not getattr(leaf, "is_fully_addressable", True):
+        return jax.device_put(leaf, sharding)
+    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        return jax.random.wrap_key_data(_put(jax.random.key_data(leaf), sharding), impl=jax.random.key_impl(leaf))
+    whole = np.asarray(leaf)  # device_put would send it through the network to compare it between processes
+    return jax.make_array_from_callback(whole.shape, sharding, lambda rows: whole[rows])
+
+
+def mesh_of(tree: Any) -> Mesh | None:
+    """The mesh that a tree of arrays lies on; None: one device."""
+    for leaf in jax.tree.leaves(tree):
+        sharding = getattr(leaf, "sharding", None)
+        if isinstance(sharding, NamedSharding) and set(AXES) <= set(sharding.mesh.axis_names):
+            return sharding.mesh
+    return None
+
+
+def local(tree: Any) -> Any:
+    """What this process's first device holds of a replicated tree, as arrays of that device."""
+    return jax.tree.map(lambda leaf: leaf.addressable_data(0), tree)
 
 
 _COLLECTIVE = re.compile(

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from jaxad import shard
 from jaxad.core import Array, Batch, Method, Phase, Source, as_arrays, keep, spec_of, take
 
 MODES = ("scan", "chunks", "loop")
@@ -45,7 +46,7 @@ def shuffled_rows(key: Array, positions: Array, *, size: int) -> Array:
 
     A keyed swap-or-not shuffle: in each round a row changes place with its mirror image about a random point, or not.
     O(B log N) work a step, no state, and none of the sorting and compile time of `jax.random.permutation`. No round
-    depends on the data: a walk until all rows are found would make devices, and members of a sweep, wait for each other.
+    depends on the data: a walk until all rows are found makes devices, and members of a sweep, wait for each other.
 
     Args:
       key: a PRNG key; fixes all epochs.
@@ -209,6 +210,7 @@ def drive(
     patience: float = 1.0,
     start: tuple[Position, Any] | None = None,
     place: Callable = unplaced,
+    sharding: jax.sharding.Sharding | None = None,
 ) -> Iterator[Progress]:
     """Runs `fit` in pieces of `chunk` steps, yielding the state between them.
 
@@ -219,6 +221,7 @@ def drive(
       chunk: steps between yields; pieces end at multiples of it, so a resumed run makes the same cuts.
       patience: seconds after which a loop yields before a piece is whole; steps can be slow.
       start: (position, state) to go on from, as yielded earlier; None: from the beginning.
+      sharding: of state and metrics, on all devices of a mesh for example; None: one device.
 
     Yields:
       Progress: first the initial state (or `start`), then one after each piece and one at the end of each phase.
@@ -234,9 +237,12 @@ def drive(
     phases = method.phases(cfg)
     for phase in phases:
         source_of(method, phase, data)
-    clock = _Compiler()
+    clock = _Compiler(sharding)
+    if sharding is not None:
+        key = shard.put(key, sharding)
     if start is None:
-        state = clock.compile(lambda k, c: init(method, k, c, spec), (), key, as_arrays(cfg))(key, as_arrays(cfg))
+        arrays = as_arrays(cfg) if sharding is None else shard.put(as_arrays(cfg), sharding)
+        state = clock.compile(lambda k, c: init(method, k, c, spec), (), key, arrays)(key, arrays)
         start = Position(0, 0), state
     position, state = start
     del start
@@ -302,12 +308,12 @@ def _loop(phase, key, state, source, first, chunk, patience, place, clock) -> It
 class _Compiler:
     """Compiles ahead of time and adds up how long that took."""
 
-    def __init__(self):
-        self.seconds = 0.0
+    def __init__(self, sharding: jax.sharding.Sharding | None):
+        self.seconds, self.sharding = 0.0, sharding
 
     def compile(self, function: Callable, donate: tuple[int, ...], *args) -> Callable:
         began = time.perf_counter()
-        compiled = jax.jit(function, donate_argnums=donate).lower(*args).compile()
+        compiled = jax.jit(function, donate_argnums=donate, out_shardings=self.sharding).lower(*args).compile()
         self.seconds += time.perf_counter() - began
         return compiled
 
@@ -346,11 +352,20 @@ def feed_arrays(image: np.ndarray, label: np.ndarray, mask: np.ndarray | None = 
     return Feed(sample_shape=tuple(image.shape[1:]), size=size, batches=batches)
 
 
-def fit_stream(method: Method, key: Array, cfg: Any, feeds: Mapping[str, Source | Feed]) -> tuple[Any, dict]:
-    """`fit` for data larger than device memory: the same steps fed by host iterators, the same result and log."""
+def fit_stream(
+    method: Method, key: Array, cfg: Any, feeds: Mapping[str, Source | Feed], *, mesh: jax.sharding.Mesh | None = None
+) -> tuple[Any, dict]:
+    """`fit` for data larger than device memory: the same steps fed by host iterators, the same result and log.
+
+    Args:
+      method, key, cfg: as for `fit`.
+      feeds: by name of the source.
+      mesh: splits batches over its axis "data"; the feeds are opened for the same mesh.
+    """
     log: dict[str, dict[str, list]] = {}
     state = None
-    for progress in drive(method, key, cfg, feeds, mode="loop"):
+    options = {} if mesh is None else {"place": shard.over_data(mesh), "sharding": shard.replicated(mesh)}
+    for progress in drive(method, key, cfg, feeds, mode="loop", **options):
         state = progress.state
         for name, values in progress.metrics.items():
             log.setdefault(progress.name, {}).setdefault(name, []).append(values)
