@@ -20,6 +20,7 @@ from jaxad import methods
 
 # What a method needs beyond its preset "tiny" to run in seconds: a smaller picture, a few steps.
 SMALL = {
+    "gradcon": {"steps": 5, "batch_size": 8, "encoder": (8, 12), "decoder": (8,)},
     "memae": {
         "steps": 5,
         "batch_size": 8,
@@ -29,7 +30,7 @@ SMALL = {
         "shrink_threshold": 0.04,
     },
 }
-CHANGE = {"memae": {"smooth_sigma": 60.0}}
+CHANGE = {"gradcon": {"smooth_sigma": 60.0}, "memae": {"smooth_sigma": 60.0}}
 
 
 @pytest.fixture(scope="module", params=["toy", *methods.METHODS])

@@ -10,6 +10,7 @@ import pathlib
 from jaxad.core import Method
 
 METHODS = {
+    "gradcon": "jaxad.methods.gradcon",
     "memae": "jaxad.methods.memae",
 }
 
