@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxad import metrics, shard
-from jaxad.core import Method, Scores, Source, take
+from jaxad.core import Array, Method, Scores, Source, take
 
 
 class Calibration(NamedTuple):
@@ -49,6 +49,11 @@ class _Piece(NamedTuple):
     compile_seconds: float  # > 0 for the first
 
 
+def score_rows(method: Method, state: Any, source: Source, rows: Array) -> Scores:
+    """Scores samples of a source, rows (B,) in [0, N): the program that runs for every batch."""
+    return method.score(state, take(source, rows)[0])
+
+
 def _pieces(method: Method, state: Any, source: Source, *, batch_size: int) -> Iterator[_Piece]:
     """Scores a source batch by batch; every batch has the same shape, the last is padded with its last row.
 
@@ -63,7 +68,7 @@ def _pieces(method: Method, state: Any, source: Source, *, batch_size: int) -> I
     def run(state, source, rows):
         if mesh is not None:
             rows = jax.lax.with_sharding_constraint(rows, shard.split(mesh))
-        return method.score(state, take(source, rows)[0])
+        return score_rows(method, state, source, rows)
 
     rows_at = [np.arange(first, first + batch_size, dtype=np.int32) for first in range(0, size, batch_size)]
     began = time.perf_counter()
