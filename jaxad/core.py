@@ -85,6 +85,14 @@ class Phase(NamedTuple):
     finish: Callable = keep  # (key, state) -> state, once, after the last step
 
 
+class Ordered(NamedTuple):
+    """How a method scores samples that come in order, such as a video's frames: it may adapt in between."""
+
+    step: Callable  # (state, images, valid) -> (state, Scores, parts: dict of (B,)); in order, B a multiple of `unit`
+    unit: Callable  # (cfg) -> int, the least B
+    combine: Callable  # (cfg, parts, each stretched to [0, 1] within its video) -> (N,) image scores
+
+
 class Method(NamedTuple):
     """An anomaly detection method. Its trained state is one pytree that holds its config."""
 
@@ -95,6 +103,7 @@ class Method(NamedTuple):
     score: Callable  # (state, images) -> Scores; pure, no key; row i depends on image i only
     presets: Mapping[str, Preset]  # the first is the default; "cpu", if there, is it without an accelerator
     adapt: Callable = stay  # (state, images, scores) -> state; test-time update
+    ordered: Ordered | None = None  # None: order does not matter to it
     check: Callable = accept  # (cfg, spec) -> None; raises ValueError on the host, before any work
 
 
@@ -139,9 +148,12 @@ class Source:
     start: Array | None = None  # (N,) int32 first frame of each clip; None: every picture is a sample
     clip: int = static(1)  # T, frames a clip; used only with `start`
     target: int = static(0)  # the frame of the clip whose label and mask are the sample's
+    rows: Array | None = None  # (N,) int32 pictures that are the samples, where sources share a pool; None: all of them
+    size: Array | None = None  # () int32 samples that count, where sources are padded to one length; None: all of them
 
     def __len__(self) -> int:
-        return self.label.shape[0] if self.start is None else self.start.shape[0]
+        index = self.rows if self.start is None else self.start
+        return self.label.shape[0] if index is None else index.shape[0]
 
     @property
     def sample_shape(self) -> tuple[int, ...]:
@@ -150,11 +162,18 @@ class Source:
         return shape if self.start is None else (self.clip, *shape)
 
 
+def frames_of(source: Source, rows: Array) -> Array:
+    """Which stored pictures bear the label and mask of samples: rows (B,) int32 in [0, N) -> (B,) int32 in [0, F)."""
+    if source.start is not None:
+        return source.start[rows] + source.target
+    return rows if source.rows is None else source.rows[rows]
+
+
 def take(source: Source, rows: Array) -> tuple[Array, Array, Array]:
     """Gathers samples: rows (B,) int32 in [0, N) -> images float32 in [0, 1], labels (B,), masks (B, H, W) float32."""
-    frames = rows if source.start is None else source.start[rows] + source.target
+    frames = frames_of(source, rows)
     if source.start is None:
-        pixels = source.image[rows]
+        pixels = source.image[frames]
     else:
         pixels = source.image[source.start[rows][:, None] + jnp.arange(source.clip)]
     height, width = source.image.shape[1:3]
@@ -177,6 +196,8 @@ def spec_of(data: Mapping[str, Any]) -> Spec:
 def select(source: Source, rows: Array) -> Source:
     """The source made of the given samples, rows (n,) in [0, N)."""
     if source.start is not None:
-        return dataclasses.replace(source, start=source.start[rows])
+        return dataclasses.replace(source, start=source.start[rows], size=None)
+    if source.rows is not None:
+        return dataclasses.replace(source, rows=source.rows[rows], size=None)
     mask = None if source.mask is None else source.mask[rows]
     return dataclasses.replace(source, image=source.image[rows], label=source.label[rows], mask=mask)

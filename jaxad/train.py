@@ -22,6 +22,7 @@ from jax import lax
 
 from jaxad import shard
 from jaxad.core import Array, Batch, Method, Phase, Source, as_arrays, keep, spec_of, take
+from jaxad.members import Programs, axes_of, one_of
 
 MODES = ("scan", "chunks", "loop")
 
@@ -41,7 +42,7 @@ def _mix(x: Array) -> Array:
     return x ^ (x >> 16)
 
 
-def shuffled_rows(key: Array, positions: Array, *, size: int) -> Array:
+def shuffled_rows(key: Array, positions: Array, *, size: int | Array) -> Array:
     """Maps positions of an endless stream to rows so that every epoch is a new permutation of all rows.
 
     A keyed swap-or-not shuffle: in each round a row changes place with its mirror image about a random point, or not.
@@ -51,7 +52,7 @@ def shuffled_rows(key: Array, positions: Array, *, size: int) -> Array:
     Args:
       key: a PRNG key; fixes all epochs.
       positions: (B,) int32, position in the stream; epoch = position // size.
-      size: N, rows in the source.
+      size: N, rows in the source; an int32 scalar where members of a sweep differ in it.
 
     Returns:
       (B,) int32 rows in [0, N).
@@ -68,7 +69,10 @@ def shuffled_rows(key: Array, positions: Array, *, size: int) -> Array:
         return jnp.where(bit == 1, mirror, x)
 
     first = (positions % size).astype(jnp.uint32)
-    return lax.fori_loop(0, 6 * size.bit_length(), maybe_swap, first, unroll=8).astype(jnp.int32)
+    if isinstance(size, int):
+        return lax.fori_loop(0, 6 * size.bit_length(), maybe_swap, first, unroll=8).astype(jnp.int32)
+    rounds = 6 * (32 - lax.clz(size))
+    return lax.fori_loop(0, rounds, maybe_swap, first).astype(jnp.int32)
 
 
 def num_steps(phase: Phase, size: int) -> int:
@@ -76,7 +80,7 @@ def num_steps(phase: Phase, size: int) -> int:
     return -(-size // phase.batch_size) if phase.steps is None else phase.steps
 
 
-def batch_rows(key: Array, phase: Phase, step: Array, *, size: int) -> tuple[Array, Array]:
+def batch_rows(key: Array, phase: Phase, step: Array, *, size: int | Array) -> tuple[Array, Array]:
     """The rows of step t: (index, valid), both (B,). A pass is ordered and padded; training is shuffled by epochs."""
     positions = step * phase.batch_size + jnp.arange(phase.batch_size, dtype=jnp.int32)
     if phase.steps is None:
@@ -86,7 +90,7 @@ def batch_rows(key: Array, phase: Phase, step: Array, *, size: int) -> tuple[Arr
 
 def batch_at(key: Array, phase: Phase, step: Array, source: Source) -> Batch:
     """Gathers the batch of step t from a source on the device."""
-    size = len(source)
+    size = len(source) if source.size is None else source.size
     index, valid = batch_rows(key, phase, step, size=size)
     image, label, mask = take(source, jnp.minimum(index, size - 1))
     return Batch(image=image, label=label, mask=mask, index=index, valid=valid)
@@ -211,6 +215,7 @@ def drive(
     start: tuple[Position, Any] | None = None,
     place: Callable = unplaced,
     sharding: jax.sharding.Sharding | None = None,
+    programs: Programs | None = None,
 ) -> Iterator[Progress]:
     """Runs `fit` in pieces of `chunk` steps, yielding the state between them.
 
@@ -222,6 +227,9 @@ def drive(
       patience: seconds after which a loop yields before a piece is whole; steps can be slow.
       start: (position, state) to go on from, as yielded earlier; None: from the beginning.
       sharding: of state and metrics, on all devices of a mesh for example; None: one device.
+      programs: where programs are compiled, for use by further runs of the same shapes. With `programs.members` this is
+        a sweep: `key`, the leaves of `cfg`, and `rows`, `start` and `size` of sources have a leading axis of members
+        (see `jaxad.members.axes_of`), so have states, and metrics are (steps, K). Its configs are not checked here.
 
     Yields:
       Progress: first the initial state (or `start`), then one after each piece and one at the end of each phase.
@@ -232,71 +240,72 @@ def drive(
     mode = mode or default_mode()
     if mode not in MODES:
         raise ValueError(f"mode={mode!r} is unknown; expected one of {MODES} or None. Pass mode='loop'.")
-    spec = spec_of(data)
-    method.check(cfg, spec)
+    programs = programs or Programs(sharding=sharding)
+    spec = spec_of({name: one_of(source) for name, source in data.items()})
+    if programs.members is None:
+        method.check(cfg, spec)
     phases = method.phases(cfg)
     for phase in phases:
         source_of(method, phase, data)
-    clock = _Compiler(sharding)
     if sharding is not None:
         key = shard.put(key, sharding)
     if start is None:
         arrays = as_arrays(cfg) if sharding is None else shard.put(as_arrays(cfg), sharding)
-        state = clock.compile(lambda k, c: init(method, k, c, spec), (), key, arrays)(key, arrays)
-        start = Position(0, 0), state
+        begin = programs.compile(("init",), lambda k, c: init(method, k, c, spec), (0, 0), (), key, arrays)
+        start = Position(0, 0), begin(key, arrays)
     position, state = start
     del start
-    yield Progress(position, "init", 0, state, {}, clock.take())
+    yield Progress(position, "init", 0, state, {}, programs.take_seconds())
     for index in range(position.phase, len(phases)):
         first = position.step if index == position.phase else 0
         phase, source = phases[index], data[phases[index].source]
-        key_phase, steps = phase_key(key, index), num_steps(phase, len(source))
+        key_phase = programs.each(lambda k, i=index: phase_key(k, i), key)
+        steps = num_steps(phase, len(one_of(source)))
         if mode == "loop" or isinstance(source, Feed):
-            pieces = _loop(phase, key_phase, state, source, first, chunk, patience, place, clock)
+            pieces = _loop(phase, key_phase, state, source, first, steps, chunk, patience, place, programs)
         else:
-            pieces = _scans(phase, key_phase, state, source, first, steps if mode == "scan" else chunk, place, clock)
+            length = steps if mode == "scan" else chunk
+            pieces = _scans(phase, key_phase, state, source, first, steps, length, place, programs)
         step = first
         for step, state, metrics in pieces:
             if step < steps:
-                yield Progress(Position(index, step), phase.name, steps, state, metrics, clock.take())
+                yield Progress(Position(index, step), phase.name, steps, state, metrics, programs.take_seconds())
         metrics = metrics if step > first else {}
         if phase.finish is not keep:
-            state = clock.compile(lambda k, s, p=phase: finish(p, k, s), (), key_phase, state)(key_phase, state)
-        yield Progress(Position(index + 1, 0), phase.name, steps, state, metrics, clock.take())
+            label = ("finish", phase.name)
+            end = programs.compile(label, lambda k, s, p=phase: finish(p, k, s), (0, 0), (), key_phase, state)
+            state = end(key_phase, state)
+        yield Progress(Position(index + 1, 0), phase.name, steps, state, metrics, programs.take_seconds())
 
 
-def _scans(phase, key, state, source, first, chunk, place, clock) -> Iterator[tuple[int, Any, dict]]:
-    """Steps [first, all) in scans that end at multiples of `chunk`: (steps done, state, metrics) after each."""
-    steps, programs = num_steps(phase, len(source)), {}
+def _scans(phase, key, state, source, first, steps, chunk, place, programs) -> Iterator[tuple[int, Any, dict]]:
+    """Steps [first, steps) in scans that end at multiples of `chunk`: (steps done, state, metrics) after each."""
     while first < steps:
         last = min((first // chunk + 1) * chunk, steps)
-        count = last - first
-        if count not in programs:
-
-            def run(state, key, source, first, count=count):
-                return some_steps(phase, key, state, source, first, count, place=place)
-
-            programs[count] = clock.compile(run, (0,), state, key, source, np.int32(0))
-        state, metrics = programs[count](state, key, source, np.int32(first))
+        run = scan_program(phase, key, state, source, last - first, programs=programs, place=place)
+        state, metrics = run(state, key, source, np.int32(first))
         first = last
-        yield first, state, jax.tree.map(np.asarray, metrics)
+        yield first, state, jax.tree.map(lambda leaf: np.asarray(leaf).T, metrics)  # (K, steps) -> (steps, K)
 
 
-def _loop(phase, key, state, source, first, chunk, patience, place, clock) -> Iterator[tuple[int, Any, dict]]:
+def scan_program(phase: Phase, key, state, source, count: int, *, programs: Programs, place: Callable = unplaced):
+    """The program of `count` steps: (state, key, source, first step) -> (state, metrics). Arguments may be shapes."""
+
+    def run(state, key, source, first):
+        return some_steps(phase, key, state, source, first, count, place=place)
+
+    axes = (0, 0, axes_of(source), None)
+    label = ("scan", phase.name, count)
+    return programs.compile(label, run, axes, (0,), state, key, source, np.int32(0), looped=True)
+
+
+def _loop(phase, key, state, source, first, steps, chunk, patience, place, programs) -> Iterator[tuple[int, Any, dict]]:
     """The same steps, one program called for each; batches come from the device or, of a `Feed`, from the host."""
-    streamed = isinstance(source, Feed)
-    batches = iter(source.batches(key, phase, first)) if streamed else None
-
-    def step(state, key, data, t):
-        if not streamed:
-            return one_step(phase, key, state, data, t, place=place)
-        batch = data._replace(image=data.image.astype(jnp.float32) / 255, mask=data.mask.astype(jnp.float32))
-        return phase.step(jax.random.fold_in(key, t), state, place(batch))
-
-    steps, run, logs, began = num_steps(phase, len(source)), None, [], time.monotonic()
+    batches = iter(source.batches(key, phase, first)) if isinstance(source, Feed) else None
+    run, logs, began = None, [], time.monotonic()
     for t in range(first, steps):
         data = source if batches is None else jax.device_put(next(batches))
-        run = run or clock.compile(step, (0,), state, key, data, np.int32(0))
+        run = run or step_program(phase, key, state, data, programs=programs, place=place)
         state, metrics = run(state, key, data, np.int32(t))
         logs.append(metrics)
         jax.block_until_ready(logs[-2:][0])  # one step ahead: the next batch loads while this one is computed
@@ -305,21 +314,17 @@ def _loop(phase, key, state, source, first, chunk, patience, place, clock) -> It
             logs, began = [], time.monotonic()
 
 
-class _Compiler:
-    """Compiles ahead of time and adds up how long that took."""
+def step_program(phase: Phase, key, state, data, *, programs: Programs, place: Callable = unplaced):
+    """The program of a step: (state, key, source or batch, step) -> (state, metrics). Arguments may be shapes."""
 
-    def __init__(self, sharding: jax.sharding.Sharding | None):
-        self.seconds, self.sharding = 0.0, sharding
+    def step(state, key, data, t):
+        if isinstance(data, Source):
+            return one_step(phase, key, state, data, t, place=place)
+        batch = data._replace(image=data.image.astype(jnp.float32) / 255, mask=data.mask.astype(jnp.float32))
+        return phase.step(jax.random.fold_in(key, t), state, place(batch))
 
-    def compile(self, function: Callable, donate: tuple[int, ...], *args) -> Callable:
-        began = time.perf_counter()
-        compiled = jax.jit(function, donate_argnums=donate, out_shardings=self.sharding).lower(*args).compile()
-        self.seconds += time.perf_counter() - began
-        return compiled
-
-    def take(self) -> float:
-        seconds, self.seconds = self.seconds, 0.0
-        return seconds
+    axes = (0, 0, axes_of(data), None)
+    return programs.compile(("step", phase.name), step, axes, (0,), state, key, data, np.int32(0))
 
 
 def _stack(logs: list[dict[str, Array]]) -> dict[str, np.ndarray]:
@@ -364,7 +369,9 @@ def fit_stream(
     """
     log: dict[str, dict[str, list]] = {}
     state = None
-    options = {} if mesh is None else {"place": shard.over_data(mesh), "sharding": shard.replicated(mesh)}
+    options: dict[str, Any] = (
+        {} if mesh is None else {"place": shard.over_data(mesh), "sharding": shard.replicated(mesh)}
+    )
     for progress in drive(method, key, cfg, feeds, mode="loop", **options):
         state = progress.state
         for name, values in progress.metrics.items():
