@@ -31,6 +31,8 @@ def _open(folder: pathlib.Path):
 def save(folder: pathlib.Path, step: int, state: Any, meta: dict) -> None:
     """Writes a checkpoint; the one before it stays until this one is whole. Returns when it is on disk.
 
+    Of several processes every one calls it, with a folder that all of them see.
+
     Args:
       folder: of all checkpoints of a run.
       step: the checkpoint's number, rising.
@@ -51,12 +53,13 @@ def latest(folder: pathlib.Path) -> int | None:
         return checkpointer.latest.step if checkpointer.latest else None
 
 
-def restore(folder: pathlib.Path, template: Any) -> Saved:
-    """Reads the newest whole checkpoint.
+def restore(folder: pathlib.Path, template: Any, *, sharding: jax.sharding.Sharding | None = None) -> Saved:
+    """Reads the newest whole checkpoint, written by any number of devices and processes.
 
     Args:
       folder: of all checkpoints of a run.
       template: the state's shapes and dtypes, from `jax.eval_shape` of the method's init.
+      sharding: where to put it; None: the first device.
 
     Raises:
       FileNotFoundError: no whole checkpoint.
@@ -71,7 +74,7 @@ def restore(folder: pathlib.Path, template: Any) -> Saved:
             raise ValueError(
                 f"{folder} has checkpoint format {meta['format']}; this jaxad reads up to {FORMAT}. Upgrade jaxad."
             )
-        # restored for the devices of this machine, whichever it was saved on
-        here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        # restored for the devices given here, whichever it was saved on
+        here = sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         placed = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here), template)
         return Saved(step, checkpointer.load(step, placed), meta)

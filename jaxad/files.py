@@ -37,6 +37,7 @@ def environment() -> dict[str, Any]:
         "platform": platform.platform(),
         "device": device_name(),
         "devices": jax.device_count(),
+        "processes": jax.process_count(),
         "cores": os.cpu_count(),
         "commit": _commit(),
         "command": sys.argv,

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import pathlib
 import signal
@@ -27,10 +28,11 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
-from jaxad import checkpoint, score, settings, train
+from jaxad import checkpoint, distributed, score, settings, shard, train
 from jaxad.console import Console
-from jaxad.core import Method, Spec, spec_of
+from jaxad.core import Method, Phase, Spec, spec_of
 from jaxad.data import Dataset, load
 from jaxad.detector import Detector, batch_size_for
 from jaxad.files import (
@@ -62,6 +64,7 @@ def train_run(
     f1max: bool = False,
     untrained: bool = False,
     mode: str | None = None,
+    mesh: str | Mesh | None = None,
     console: Console | None = None,
 ) -> tuple[Detector, dict[str, Any]]:
     """Trains, calibrates, evaluates and writes a run folder.
@@ -74,13 +77,18 @@ def train_run(
       f1max: take the threshold from the labelled test set (optimistic, and marked so) instead of held-out normals.
       untrained: measure the detector before its first step too, as `untrained_image_auroc`.
       mode: see `train.drive`.
+      mesh: devices to split batches over, such as "data=8" or a mesh of `jaxad.shard`; None: one device, or all of
+        them where there are several processes.
       console: where to show progress.
+
+    Of several processes (see `jaxad.distributed`) each makes the same call; the first one writes. They see one file
+    system at `out`.
 
     Returns:
       (the detector, the content of report.json).
 
     Raises:
-      ValueError: settings or data that cannot work, a folder that holds another run.
+      ValueError: settings, data or a mesh that cannot work, a folder that holds another run.
       Interrupted: Ctrl-C or SIGTERM; a checkpoint was written.
     """
     from jaxad import methods
@@ -88,25 +96,65 @@ def train_run(
     console = console or Console(quiet=True)
     method = methods.get(chosen.method)
     chosen, cfg = settings.resolve(method, chosen)
-    if out is not None and (pathlib.Path(out) / "config.json").exists() and not resume:
+    writes = distributed.is_first()
+    if out is not None and writes and (pathlib.Path(out) / "config.json").exists() and not resume:
         raise ValueError(f"{out} holds a run already; pass --resume to go on with it, or another --out.")
+    mesh = _mesh(mesh)
+    if mesh is not None:
+        shard.check_batches(method.phases(cfg), mesh)
     began = time.perf_counter()
     data = data or load(chosen.data, seed=chosen.seed, **chosen.load_arguments())
     spec = spec_of(_training_sources(data))
     method.check(cfg, spec)
-    folder = _open_folder(out, chosen, data, spec)
-    data = data.to_device()
+    folder = _open_folder(out, chosen, data, spec) if writes else None
+    data = data.to_device() if mesh is None else _on_mesh(data, mesh)
     load_seconds = time.perf_counter() - began
     console.say(_describe(chosen, data, spec))
-    training = _Training(method, cfg, chosen.seed, _training_sources(data), folder, console)
+    if remark := _describe_devices(mesh, method.phases(cfg)):
+        console.say(remark)
+    checkpoints = pathlib.Path(out) / "checkpoint" if out is not None else None
+    training = _Training(method, cfg, chosen.seed, _training_sources(data), folder, checkpoints, mesh, console)
     state, timings = training.run(resume=resume, mode=mode)
     detector = Detector(method, state, calibrate(method, state, data, chosen.fpr), spec)
-    report = {"load_seconds": load_seconds, **timings}
+    devices = 1 if mesh is None else mesh.size
+    report = {"load_seconds": load_seconds, **timings, "devices": devices, "processes": distributed.count()}
     if untrained:
         start = jax.jit(lambda key: train.init(method, key, cfg, spec))(jax.random.key(chosen.seed))
+        start = start if mesh is None else shard.replicate(start, mesh)
         before = measure(detector._replace(state=start, calibration=None), data)[0]
         report["untrained_image_auroc"] = before["image_auroc"]
     return detector, finish_run(detector, data, chosen, report, folder, f1max=f1max)
+
+
+def _mesh(mesh: str | Mesh | None) -> Mesh | None:
+    """The mesh of a run, from its description if need be; where there are several processes it has all devices."""
+    if isinstance(mesh, str):
+        sizes = shard.parse_mesh(mesh)
+        mesh = shard.make_mesh(run=sizes["run"], data=sizes["data"])
+    if not distributed.is_active():
+        return mesh
+    if mesh is not None and mesh.size != jax.device_count():
+        raise ValueError(
+            f"--mesh data={mesh.size} leaves out some of the {jax.device_count()} devices of {distributed.count()} "
+            f"processes; expected all of them. Leave --mesh out, or start fewer processes."
+        )
+    return mesh or shard.data_mesh()
+
+
+def _on_mesh(data: Dataset, mesh: Mesh) -> Dataset:
+    return dataclasses.replace(data, sources={name: shard.replicate(s, mesh) for name, s in data.sources.items()})
+
+
+def _describe_devices(mesh: Mesh | None, phases: Sequence[Phase]) -> str:
+    """What the devices do; where some have nothing to do, how to use them."""
+    if mesh is not None:
+        each = f"{distributed.count()} processes, " if distributed.is_active() else ""
+        return f"each batch split over {mesh.shape['data']} devices ({each}{device_name()})"
+    count = jax.device_count()
+    fitting = max(n for n in range(1, count + 1) if all(phase.batch_size % n == 0 for phase in phases))
+    return (
+        f"1 of {count} devices is used; --mesh data={fitting} splits each batch over {fitting}" if fitting > 1 else ""
+    )
 
 
 def _training_sources(data: Dataset) -> dict[str, Any]:
@@ -126,13 +174,21 @@ class _Training:
     """Drives the phases of a run, saving, logging and showing on the way."""
 
     def __init__(
-        self, method: Method, cfg: Any, seed: int, sources: dict, folder: pathlib.Path | None, console: Console
+        self,
+        method: Method,
+        cfg: Any,
+        seed: int,
+        sources: dict,
+        folder: pathlib.Path | None,  # of the log
+        checkpoints: pathlib.Path | None,  # which all processes write
+        mesh: Mesh | None,
+        console: Console,
     ):
         self.method, self.cfg, self.sources, self.console = method, cfg, sources, console
+        self.checkpoints, self.mesh = checkpoints, mesh
         self.key = jax.random.key(seed)
         self.phases = method.phases(cfg)
         self.steps = [train.num_steps(p, len(train.source_of(method, p, sources))) for p in self.phases]
-        self.checkpoints = folder / "checkpoint" if folder else None
         self.save_seconds = _save_seconds()
         self.log = _Log(folder)
         self.spent = _Spent()
@@ -144,26 +200,37 @@ class _Training:
             self.log.clear()
         state, saved_at, seen_at = None, time.monotonic(), time.monotonic()
         held = start and start[0]  # the position that is on disk already
+        pieces = train.drive(self.method, self.key, self.cfg, self.sources, mode=mode, start=start, **self._placement())
         with _Signals() as signals:
-            for progress in train.drive(self.method, self.key, self.cfg, self.sources, mode=mode, start=start):
+            for progress in pieces:
                 self._note(progress, time.monotonic() - seen_at)
                 last = progress.position.phase == len(self.phases)
-                stop = bool(signals.caught)  # at the very end too: only the measuring is left to resume
-                due = last or stop or time.monotonic() - saved_at > self.save_seconds
-                if due and progress.position != held:
+                # a signal counts at the very end too: only the measuring is left to resume
+                stop, due = distributed.agree(bool(signals.caught), time.monotonic() - saved_at > self.save_seconds)
+                if (last or stop or due) and progress.position != held:
                     self._save(progress)
                     saved_at = time.monotonic()
                 if stop:
-                    raise Interrupted(f"stopped by {signals.caught}")
+                    raise Interrupted(f"stopped by {signals.caught or 'a signal to another process'}")
                 state, seen_at = progress.state, time.monotonic()
         seconds, compiling, images = self.spent
         rate = images / seconds if seconds else 0.0
         return state, {"train_seconds": seconds, "compile_seconds": compiling, "train_images_per_second": rate}
 
+    def _placement(self) -> dict[str, Any]:
+        """How `drive` spreads the run over devices."""
+        if self.mesh is None:
+            return {}
+        options = {"place": shard.over_data(self.mesh), "sharding": shard.replicated(self.mesh)}
+        # by its own clock every process would cut elsewhere
+        return {**options, "patience": math.inf} if distributed.is_active() else options
+
     def _restore(self) -> tuple[train.Position, Any] | None:
         if self.checkpoints is None or checkpoint.latest(self.checkpoints) is None:
             return None
-        saved = checkpoint.restore(self.checkpoints, template(self.method, self.cfg, spec_of(self.sources)))
+        shapes = template(self.method, self.cfg, spec_of(self.sources))
+        whole = None if self.mesh is None else shard.replicated(self.mesh)
+        saved = checkpoint.restore(self.checkpoints, shapes, sharding=whole)
         position = train.Position(*saved.meta["position"])
         self.spent = _Spent(*saved.meta["spent"])
         self.log.cut(position, [phase.name for phase in self.phases])
@@ -417,7 +484,12 @@ def _describe(chosen: settings.Settings, data: Dataset, spec: Spec) -> str:
 
 
 def fit_detector(
-    method: str, data: str | Dataset = "synthetic", *, out: str | os.PathLike | None = None, **options: Any
+    method: str,
+    data: str | Dataset = "synthetic",
+    *,
+    out: str | os.PathLike | None = None,
+    mesh: str | Mesh | None = None,
+    **options: Any,
 ) -> Detector:
     """Trains a detector, as `jaxad train` does.
 
@@ -425,6 +497,7 @@ def fit_detector(
       method: its name; `jaxad list` has them.
       data: a path or name for `jaxad.load`, or what it returned.
       out: a run folder to write; None writes nothing.
+      mesh: devices to split batches over, such as "data=8"; None: one device.
       **options: further fields of `Settings` (preset, seed, image_size, fpr, ...); others are fields of the method's
         config, such as learning_rate=1e-3.
 
@@ -437,4 +510,4 @@ def fit_detector(
     where = data if isinstance(data, str) else getattr(data, "name", str(data))
     dataset = data if isinstance(data, Dataset) else None
     made = settings.Settings(method=method, data=where, config=config, **chosen)
-    return train_run(made, out, data=dataset)[0]
+    return train_run(made, out, data=dataset, mesh=mesh)[0]

@@ -5,6 +5,7 @@ Methods know nothing of either: they are written for the whole batch and for one
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
 from collections.abc import Callable, Sequence
@@ -65,13 +66,22 @@ def data_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
 
 def over_data(mesh: Mesh) -> Callable[[Batch], Batch]:
     """A `place` for `fit` and `drive`: splits a batch over the axis "data"; one it does not divide stays whole."""
+    return _OverData(mesh)
 
-    def place(batch: Batch) -> Batch:
-        if batch.label.shape[0] % mesh.shape["data"]:
+
+@dataclasses.dataclass(frozen=True)
+class _OverData:
+    mesh: Mesh
+
+    @property
+    def devices(self) -> int:
+        """Over how many devices it splits."""
+        return self.mesh.shape["data"]
+
+    def __call__(self, batch: Batch) -> Batch:
+        if batch.label.shape[0] % self.devices:
             return batch
-        return jax.tree.map(lambda leaf: jax.lax.with_sharding_constraint(leaf, split(mesh)), batch)
-
-    return place
+        return jax.tree.map(lambda leaf: jax.lax.with_sharding_constraint(leaf, split(self.mesh)), batch)
 
 
 def check_batches(phases: Sequence[Phase], mesh: Mesh) -> None:
@@ -133,8 +143,9 @@ def mesh_of(tree: Any) -> Mesh | None:
     """The mesh that a tree of arrays lies on; None: one device."""
     for leaf in jax.tree.leaves(tree):
         sharding = getattr(leaf, "sharding", None)
-        if isinstance(sharding, NamedSharding) and set(AXES) <= set(sharding.mesh.axis_names):
-            return sharding.mesh
+        mesh = getattr(sharding, "mesh", None)
+        if isinstance(mesh, Mesh) and set(AXES) <= set(mesh.axis_names):
+            return mesh
     return None
 
 

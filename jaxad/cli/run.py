@@ -5,12 +5,13 @@ from __future__ import annotations
 import pathlib
 import shlex
 import sys
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
 from jaxad.cli.app import Flag, app, measures_of, parse_size
 from jaxad.console import Console
+from jaxad.distributed import Cluster
 
 _INTERRUPTED = 130
 
@@ -53,6 +54,8 @@ def train(
     threshold: Literal["holdout", "f1max"] = "holdout",
     out: str | None = None,
     resume: Flag = False,
+    mesh: str | None = None,
+    cluster: Annotated[Cluster, tyro.conf.arg(name="")] = Cluster(),  # noqa: B008 - frozen
     quiet: Flag = False,
 ) -> None:
     """Train a method, calibrate it on held-out normal pictures, evaluate it, and write a run folder.
@@ -74,11 +77,13 @@ def train(
       threshold: from held-out normals, or F1-max on the labelled test pictures (optimistic; the report says so).
       out: folder of the run; a new one below runs/ if not given.
       resume: go on from the last checkpoint in the folder, if there is one.
+      mesh: devices over which each batch is split, such as data=8; one device if not given, all where there are several
+        processes.
+      cluster: the other processes of the run.
       quiet: print nothing.
     """
-    from jaxad import files, settings
+    from jaxad import distributed, files, settings
 
-    console = Console(quiet)
     base: dict[str, Any] = settings.read_file(config) if config else {}
     if resume and out and (pathlib.Path(out) / "config.json").exists() and not config:
         base = settings.read_file(pathlib.Path(out) / "config.json")
@@ -98,10 +103,13 @@ def train(
     given = {name: value for name, value in given.items() if value is not None}
     chosen = settings.from_json({**base, **given, "method": method, "config": fields}, origin=config or "settings")
     name = f"{method}-{pathlib.PurePath(chosen.data).name.replace(':', '-')}"
-    folder = pathlib.Path(out) if out else files.free_folder(pathlib.Path("runs"), name)
-    report = _train(chosen, folder, console, resume=resume, f1max=threshold == "f1max")
-    console.table([{"method": method, **measures_of(report)}])
-    console.say(f"Look at {folder / 'report.html'}")
+    with distributed.session(cluster):
+        console = Console(quiet or not distributed.is_first())
+        folder = pathlib.Path(out) if out else files.free_folder(pathlib.Path("runs"), name)
+        folder = pathlib.Path(distributed.gather_facts([str(folder)])[0])  # the first process finds it
+        report = _train(chosen, folder, console, resume=resume, f1max=threshold == "f1max", mesh=mesh)
+        console.table([{"method": method, **measures_of(report)}])
+        console.say(f"Look at {folder / 'report.html'}")
 
 
 @app.command(name="eval")
@@ -176,15 +184,18 @@ def export(run: tyro.conf.Positional[str], *, out: str, platforms: tuple[str, ..
 
 
 def _train(chosen, folder: pathlib.Path, console: Console, **options: Any) -> dict[str, Any]:
-    from jaxad import runs
+    from jaxad import distributed, runs
 
     try:
         return runs.train_run(chosen, folder, console=console, **options)[1]
     except (runs.Interrupted, KeyboardInterrupt) as stop:
-        if not (folder / "config.json").exists():
+        alone = isinstance(stop, KeyboardInterrupt) and distributed.is_active()  # the others know nothing of it
+        if alone or not (folder / "config.json").exists():
             raise KeyboardInterrupt from None  # nothing to go on with
         console.close()
         again = ["jaxad", "train", chosen.method, "--out", str(folder), "--resume"]
         again += ["--threshold", "f1max"] if options.get("f1max") else []
-        print(f"{stop or 'interrupted'}; go on with: {shlex.join(again)}", file=sys.stderr)
+        again += ["--mesh", options["mesh"]] if options.get("mesh") else []
+        if distributed.is_first():
+            print(f"{stop or 'interrupted'}; go on with: {shlex.join(again)}", file=sys.stderr)
         sys.exit(_INTERRUPTED)

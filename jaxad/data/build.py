@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from jaxad import distributed
 from jaxad.data import cache, decode, split, video
 from jaxad.data.dataset import DataError, Dataset, Rows
 from jaxad.data.records import ROLES, Plan, Record, count, few
@@ -92,31 +93,58 @@ class _Pixels:
     mask_row: np.ndarray  # (F,) row in `mask`; -1: none
 
 
+_Decoded = tuple[np.ndarray, np.ndarray, list[dict[str, Any]]]
+
+
 def _pixels(plan: Plan, settings: Settings, cached: bool) -> _Pixels:
+    """Decodes all records; of several processes each decodes its share and gets the others' over the network."""
     mask_row = np.full(len(plan.records), -1)
     masked = [i for i, record in enumerate(plan.records) if record.masks]
     mask_row[masked] = np.arange(len(masked))
     stamps = [(plan.store.where(n), plan.store.stamp(n)) for r in plan.records for n in (r.file, *r.masks)]
     key = cache.key_of(decode.VERSION, settings.size, settings.channels, stamps)
-    if cached and (stored := cache.read(key)) is not None:
-        return _Pixels(stored[0]["image"], stored[0]["mask"], stored[1], mask_row)
-    image = np.empty((len(plan.records), *settings.size, settings.channels), np.uint8)
+    if not cached:  # pictures in memory: every process has them
+        return _Pixels(*_decode(plan, settings, mask_row, range(len(plan.records))), mask_row)
+    mine = distributed.share(len(plan.records))
+    image, mask, facts = _cached(plan, settings, mask_row, mine, key)
+    return _Pixels(distributed.gather(image), distributed.gather(mask), distributed.gather_facts(facts), mask_row)
+
+
+def _cached(plan: Plan, settings: Settings, mask_row: np.ndarray, mine: range, key: str) -> _Decoded:
+    """Some records decoded: out of the cache, or into it."""
+    whole = len(mine) == len(plan.records)
+    own = key if whole else cache.key_of(key, [mine.start, mine.stop])
+    if (stored := cache.read(own)) is not None:
+        return stored[0]["image"], stored[0]["mask"], stored[1]
+    if not whole and (stored := cache.read(key)) is not None:
+        rows = mask_row[mine.start : mine.stop]
+        return (
+            stored[0]["image"][mine.start : mine.stop],
+            stored[0]["mask"][rows[rows >= 0]],
+            stored[1][mine.start : mine.stop],
+        )
+    image, mask, facts = _decode(plan, settings, mask_row, mine)
+    cache.write(own, {"image": image, "mask": mask}, facts)
+    return image, mask, facts
+
+
+def _decode(plan: Plan, settings: Settings, mask_row: np.ndarray, mine: range) -> _Decoded:
+    """Some records decoded: pictures (n, H, W, C), masks of those that have one (k, H, W), and a fact each."""
+    masked = [i for i in mine if mask_row[i] >= 0]
+    image = np.empty((len(mine), *settings.size, settings.channels), np.uint8)
     mask = np.zeros((len(masked), *settings.size), np.uint8)
 
     def decode_one(i: int) -> dict[str, Any]:
         record = plan.records[i]
-        image[i], facts = decode.picture(plan.store, record.file, settings.size, settings.channels)
+        image[i - mine.start], facts = decode.picture(plan.store, record.file, settings.size, settings.channels)
         known: dict[str, Any] = {"digest": facts.digest, "remark": facts.remark, "defect_pixels": None}
         if record.masks:
             marked, digest = decode.mask(plan.store, record.masks, plan.store.where(record.file), facts.size)
-            mask[mask_row[i]] = decode.shrink_mask(marked, settings.size)
+            mask[mask_row[i] - mask_row[masked[0]]] = decode.shrink_mask(marked, settings.size)
             known |= {"digest": f"{facts.digest} {digest}", "defect_pixels": int(marked.sum())}
         return known
 
-    facts = list(decode.in_threads(decode_one, list(range(len(plan.records)))))
-    if cached:
-        cache.write(key, {"image": image, "mask": mask}, facts)
-    return _Pixels(image, mask, facts, mask_row)
+    return image, mask, list(decode.in_threads(decode_one, list(mine)))
 
 
 def settle(plan: Plan, record: Record, fact: dict[str, Any]) -> Record:
