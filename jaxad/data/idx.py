@@ -11,7 +11,7 @@ import numpy as np
 
 from jaxad.data import files
 from jaxad.data.dataset import DataError
-from jaxad.data.oneclass import choose, normal_index
+from jaxad.data.oneclass import choose, parse
 from jaxad.data.records import Plan
 
 _IMAGES = re.compile(r"(?P<part>[^/]*?)images[-.]idx3-ubyte(\.gz)?$")
@@ -23,7 +23,7 @@ def fits(store) -> bool:
 
 
 def plan(store, normal_class=None) -> Plan:
-    """Train on the normal class of the training files, test on everything in the test files."""
+    """Train on the normal class of the training files, test on the test files; see `jaxad.data.oneclass`."""
     pictures: dict[str, np.ndarray] = {}
     parts: list[tuple[str, str, str]] = []
     used: list[str] = []
@@ -45,10 +45,10 @@ def plan(store, normal_class=None) -> Plan:
         parts += zip(names, [role] * len(names), map(str, labels.tolist()), strict=True)
         used += [name, twin]
     classes = sorted({kind for _, _, kind in parts}, key=int)
-    normal = classes[normal_index(store.where("").rstrip("/"), normal_class, classes)]
+    protocol = parse(store.where("").rstrip("/"), normal_class, classes)
     stamps = " ".join(store.stamp(name) for name in used)
     result = Plan("idx", files.Arrays(pictures, store.where("").rstrip("/"), stamps), [])
-    choose(result, parts, normal)
+    choose(result, parts, protocol)
     others = [name for name in store.names if name not in used and not files.is_junk(name)]
     if others:
         result.notes.append(f"{len(others)} other files are not used: {', '.join(others[:3])}.")

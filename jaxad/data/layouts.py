@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from jaxad.data import files, idx, manifest, video
 from jaxad.data.dataset import DataError
-from jaxad.data.oneclass import choose, normal_index
+from jaxad.data.oneclass import choose, parse
 from jaxad.data.records import (
     MASK_NAMES,
     NORMAL_NAMES,
@@ -189,9 +189,9 @@ def _classes(store, normal_class=None) -> Plan:
     found = ((name, _class_of(name)) for name in store.names if files.is_picture(name))
     kinds = [(name, kind[0], kind[1]) for name, kind in found if kind is not None]
     classes = sorted({kind for _, _, kind in kinds})
-    normal = classes[normal_index(store.where("").rstrip("/"), normal_class, classes)]
+    protocol = parse(store.where("").rstrip("/"), normal_class, classes)
     plan = Plan("classes", store, [])
-    left_out = choose(plan, kinds, normal)
+    left_out = choose(plan, kinds, protocol)
     return finish(plan, left_out)
 
 

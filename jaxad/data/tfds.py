@@ -8,7 +8,7 @@ import re
 from typing import Any
 
 from jaxad.data.dataset import DataError
-from jaxad.data.oneclass import choose, normal_index
+from jaxad.data.oneclass import choose, parse
 from jaxad.data.records import Plan, Record
 
 _ROLES = {"validation": "holdout", "val": "holdout"}  # other splits are called as the roles are
@@ -68,8 +68,8 @@ def plan(name: str, normal_class: int | str | None = None) -> Plan:
         result.notes.append("It has no class label: training pictures are taken as normal, test labels are unknown.")
         return result
     classes = store.features[store.label].names
-    normal = classes[normal_index(store.where("").rstrip("/"), normal_class, classes)]
-    choose(result, ((n, store.role(n), classes[int(store.example(n)[store.label])]) for n in store.names), normal)
+    protocol = parse(store.where("").rstrip("/"), normal_class, classes)
+    choose(result, ((n, store.role(n), classes[int(store.example(n)[store.label])]) for n in store.names), protocol)
     return result
 
 
