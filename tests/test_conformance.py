@@ -29,8 +29,13 @@ SMALL = {
         "num_items": 20,
         "shrink_threshold": 0.04,
     },
+    "mnad": {"steps": 5, "batch_size": 8, "widths": (8, 12), "num_items": 4},
 }
-CHANGE = {"gradcon": {"smooth_sigma": 60.0}, "memae": {"smooth_sigma": 60.0}}
+CHANGE = {
+    "gradcon": {"smooth_sigma": 60.0},
+    "memae": {"smooth_sigma": 60.0},
+    "mnad": {"smooth_sigma": 60.0, "gate": 10.0},
+}
 
 
 @pytest.fixture(scope="module", params=["toy", *methods.METHODS])

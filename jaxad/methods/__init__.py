@@ -12,6 +12,7 @@ from jaxad.core import Method
 METHODS = {
     "gradcon": "jaxad.methods.gradcon",
     "memae": "jaxad.methods.memae",
+    "mnad": "jaxad.methods.mnad",
 }
 
 
