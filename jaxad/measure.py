@@ -31,11 +31,11 @@ def measure(detector: Detector, data: Dataset, *, f1max: bool = False) -> tuple[
         result |= dict.fromkeys(_MEASURES)
         return {**result, **_threshold(calibration, {}, f1max), "per_defect": []}, [], []
     source, facts = data.sources["test"], data.rows["test"]
-    labels = _sample_labels(source)
+    labels = sample_labels(source)
     has_mask = np.asarray(facts.has_mask)
     weights = None
     if source.mask is not None and has_mask.any():
-        weights = metrics.label_regions(_sample_masks(source))
+        weights = metrics.label_regions(sample_masks(source))
     evaluation = score.evaluate(
         detector.method,
         detector.state,
@@ -45,19 +45,12 @@ def measure(detector: Detector, data: Dataset, *, f1max: bool = False) -> tuple[
         centre=calibration.pixel_median if calibration else 0.0,
         batch_size=batch_size_for(detector.spec),
     )
-    image = metrics.image_metrics(evaluation.image, labels)
-    result |= {f"image_{name}": image[name] for name in ("auroc", "ap", "f1max")}
-    result["image_auroc_of_map_max"] = metrics.image_metrics(evaluation.map_max, labels)["auroc"]
-    result["image_auroc_of_map_mean"] = metrics.image_metrics(evaluation.map_mean, labels)["auroc"]
     pixel = {} if evaluation.pixels is None else jax.device_get(jax.jit(metrics.pixel_metrics)(evaluation.pixels))
-    result |= {f"pixel_{name}": pixel.get(name) for name in ("auroc", "ap", "f1max")}
-    result |= {name: pixel.get(name) for name in ("aupro", "aupro_005")}
-    result |= _threshold(calibration, image, f1max)
+    scored = evaluation.image, evaluation.map_max, evaluation.map_mean
+    result |= figures(*scored, pixel, calibration, labels=labels, groups=facts.groups, f1max=f1max)
     result["score_seconds"] = evaluation.seconds
     result["score_compile_seconds"] = evaluation.compile_seconds
     result["score_images_per_second"] = len(source) / max(evaluation.seconds, 1e-9)
-    if any(facts.groups):
-        result |= _video_measures(evaluation.image, np.asarray(facts.groups), labels)
     rows = score_rows(
         evaluation.image,
         facts.files,
@@ -67,8 +60,40 @@ def measure(detector: Detector, data: Dataset, *, f1max: bool = False) -> tuple[
         defects=facts.defects,
     )
     result["per_defect"] = _per_defect(rows)
-    result |= _rates(rows)
     return result, rows, _pictures(detector, source, rows, has_mask)
+
+
+def figures(
+    image: np.ndarray,
+    map_max: np.ndarray,
+    map_mean: np.ndarray,
+    pixel: Mapping[str, Any],
+    calibration: score.Calibration | None,
+    *,
+    labels: np.ndarray,
+    groups: Sequence[str] = (),
+    f1max: bool = False,
+) -> dict[str, Any]:
+    """The measures of a scored test source, as in report.json.
+
+    Args:
+      image, map_max, map_mean: (N,) image scores, and maxima and means of the maps.
+      pixel: from `metrics.pixel_metrics`; empty without masks.
+      calibration: for the threshold.
+      labels: (N,) of the samples.
+      groups: the video of each sample; "" or none elsewhere.
+      f1max: take the threshold from these samples.
+    """
+    measured = metrics.image_metrics(image, labels)
+    result: dict[str, Any] = {f"image_{name}": measured[name] for name in ("auroc", "ap", "f1max")}
+    result["image_auroc_of_map_max"] = metrics.image_metrics(map_max, labels)["auroc"]
+    result["image_auroc_of_map_mean"] = metrics.image_metrics(map_mean, labels)["auroc"]
+    result |= {f"pixel_{name}": pixel.get(name) for name in ("auroc", "ap", "f1max")}
+    result |= {name: pixel.get(name) for name in ("aupro", "aupro_005")}
+    result |= _threshold(calibration, measured, f1max)
+    if any(groups):
+        result |= _video_measures(image, np.asarray(groups), labels)
+    return result | _rates(image, result["threshold"], labels)
 
 
 def score_rows(
@@ -147,10 +172,10 @@ def _known(value: Any, otherwise: Any) -> Any:
     return otherwise if value is None else value
 
 
-def _rates(rows: list[dict]) -> dict[str, float | None]:
+def _rates(scores: np.ndarray, threshold: float | None, labels: np.ndarray) -> dict[str, float | None]:
     def share(label):
-        hits = [row["predicted"] for row in rows if row["label"] == label and row["predicted"] is not None]
-        return float(np.mean(hits)) if hits else None
+        mine = scores[labels == label]
+        return float(np.mean(mine > threshold)) if len(mine) and threshold is not None else None
 
     return {"test_fpr": share(0), "test_tpr": share(1)}
 
@@ -203,11 +228,13 @@ def _count(state: Any) -> int:
     return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(getattr(state, "params", state)))
 
 
-def _sample_labels(source: Source) -> np.ndarray:
+def sample_labels(source: Source) -> np.ndarray:
+    """(N,) labels of the samples of a source on the host."""
     labels = np.asarray(source.label)
     return labels if source.start is None else labels[np.asarray(source.start) + source.target]
 
 
-def _sample_masks(source: Source) -> np.ndarray:
+def sample_masks(source: Source) -> np.ndarray:
+    """(N, H, W) masks of the samples of a source on the host; it must have some."""
     masks = np.asarray(source.mask)
     return masks if source.start is None else masks[np.asarray(source.start) + source.target]

@@ -89,9 +89,8 @@ def _one_by_one(function: Callable, axes: tuple) -> Callable:
 
         def one(mine):
             mine = iter(mine)
-            return function(
-                *jax.tree.unflatten(tree, [next(mine) if own else leaf for leaf, own in zip(leaves, flags)])
-            )  # noqa: B905 - one flag each
+            filled = [next(mine) if own else leaf for leaf, own in zip(leaves, flags, strict=True)]
+            return function(*jax.tree.unflatten(tree, filled))
 
         return lax.map(one, [leaf for leaf, own in zip(leaves, flags, strict=True) if own])
 
