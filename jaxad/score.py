@@ -17,6 +17,7 @@ import numpy as np
 
 from jaxad import metrics, shard
 from jaxad.core import Array, Method, Scores, Source, take
+from jaxad.ops.blocks import rows_over
 
 
 class Calibration(NamedTuple):
@@ -68,7 +69,8 @@ def _pieces(method: Method, state: Any, source: Source, *, batch_size: int) -> I
     def run(state, source, rows):
         if mesh is not None:
             rows = jax.lax.with_sharding_constraint(rows, shard.split(mesh))
-        return score_rows(method, state, source, rows)
+        with rows_over(1 if mesh is None else mesh.shape["data"]):
+            return score_rows(method, state, source, rows)
 
     rows_at = [np.arange(first, first + batch_size, dtype=np.int32) for first in range(0, size, batch_size)]
     began = time.perf_counter()

@@ -23,6 +23,7 @@ from jax import lax
 from jaxad import shard
 from jaxad.core import Array, Batch, Method, Phase, Source, as_arrays, keep, spec_of, take
 from jaxad.members import Programs, axes_of, one_of
+from jaxad.ops.blocks import rows_over
 
 MODES = ("scan", "chunks", "loop")
 
@@ -111,8 +112,13 @@ def phase_key(key: Array, index: int) -> Array:
 
 def one_step(phase: Phase, key: Array, state: Any, source: Source, step: Array, *, place: Callable = unplaced):
     """Step t of a phase: (state, metrics)."""
-    batch = place(batch_at(key, phase, step, source))
-    return phase.step(jax.random.fold_in(key, step), state, batch)
+    return placed_step(phase, key, state, batch_at(key, phase, step, source), step, place=place)
+
+
+def placed_step(phase: Phase, key: Array, state: Any, batch: Batch, step: Array, *, place: Callable = unplaced):
+    """Step t of a phase on the batch given: (state, metrics)."""
+    with rows_over(getattr(place, "devices", 1)):
+        return phase.step(jax.random.fold_in(key, step), state, place(batch))
 
 
 def some_steps(phase: Phase, key: Array, state: Any, source: Source, first: Array, count: int, *, place=unplaced):
@@ -321,7 +327,7 @@ def step_program(phase: Phase, key, state, data, *, programs: Programs, place: C
         if isinstance(data, Source):
             return one_step(phase, key, state, data, t, place=place)
         batch = data._replace(image=data.image.astype(jnp.float32) / 255, mask=data.mask.astype(jnp.float32))
-        return phase.step(jax.random.fold_in(key, t), state, place(batch))
+        return placed_step(phase, key, state, batch, t, place=place)
 
     axes = (0, 0, axes_of(data), None)
     return programs.compile(("step", phase.name), step, axes, (0,), state, key, data, np.int32(0))

@@ -24,6 +24,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxad.ops.blocks import devices_of_rows
+
 Array = jax.Array
 
 # Bytes of one block of logits. On CPU a block should stay in the cache: of 1 to 16 MiB, 4 was fastest or level with the
@@ -304,7 +306,8 @@ def add_to_tables(d_tables: tuple[Array, ...], d_keys: Array, d_items: Array) ->
 
 
 def _default_rows(num_items: int) -> int:
-    return max(_BLOCK_BYTES.get(jax.default_backend(), _OTHER_BLOCK_BYTES) // (4 * num_items), _MIN_ROWS)
+    rows = _BLOCK_BYTES.get(jax.default_backend(), _OTHER_BLOCK_BYTES) // (4 * num_items)
+    return max(rows, _MIN_ROWS) * devices_of_rows()
 
 
 def _fold_blocks(step: Callable, carry: Any, xs: Any, rows: int) -> tuple[Any, Any]:
