@@ -1,0 +1,251 @@
+"""Compilation for TPUs that are not there: what is made of the compiler's answers, and the compiler itself."""
+
+import functools
+import importlib.util
+import json
+import types
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from benchmarks import tpu
+from jaxad import score, shard, train
+from jaxad.core import Batch, Phase, Scores, Source
+from jaxad.ops.blocks import devices_of_rows, rows_over
+from jaxad.ops.memory import read_memory
+
+has_compiler = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="needs the TPU compiler (no TPU): pip install libtpu"
+)
+
+
+def aot(function):
+    return pytest.mark.tpu_aot(has_compiler(function))
+
+
+# --- rules, without a compiler ------------------------------------------------------------------------------------
+
+HLO = """HloModule jit_f
+
+%body.1 (p: (s32[], f32[8])) -> (s32[], f32[8]) {
+  %fusion.1 = f32[8]{0} fusion(%p), backend_config={"estimated_cycles":"50"}
+  %all-reduce.1 = f32[8]{0} all-reduce(%fusion.1), to_apply=%add
+}
+
+%cond.1 (p: (s32[], f32[8])) -> pred[] {
+  %constant.1 = s32[]{:T(128)} constant(12)
+  ROOT %lt = pred[] compare(%i, %constant.1), direction=LT
+}
+
+%asking.1 (p: (s32[], f32[8])) -> pred[] {
+  ROOT %any = pred[] fusion(%p)
+}
+
+ENTRY %main.1 (x: f32[8]) -> f32[8] {
+  %fusion.2 = f32[8]{0} fusion(%x), backend_config={"estimated_cycles":"400"}
+  %while.1 = (s32[], f32[8]) while(%tuple), condition=%cond.1, body=%body.1
+  %all-gather.1 = f32[64,2]{1,0} all-gather(%fusion.2), dimensions={0}
+}
+"""
+
+
+def test_loop_bodies_count_as_often_as_they_run():
+    totals = tpu.totals_of(HLO)
+    assert (totals.cycles_once, totals.cycles, totals.unknown_loops) == (450, 400 + 12 * 50, 0)
+    assert totals.collectives == {"all-reduce": (12, 12 * 32), "all-gather": (1, 512)}
+
+
+def test_a_loop_of_unknown_length_counts_once_and_is_told():
+    totals = tpu.totals_of(HLO.replace("condition=%cond.1", "condition=%asking.1"))
+    assert (totals.cycles, totals.unknown_loops, totals.collectives["all-reduce"]) == (450, 1, (1, 32))
+
+
+@pytest.mark.parametrize(("optimal", "known"), [(0.018, 0.018), (-28.982, 0.018), (-0.25, 0.75)])
+def test_seconds_without_the_penalty_of_unknown_calls_and_with_loops(optimal, known):
+    totals = tpu.Totals(cycles_once=450, cycles=900, collectives={}, unknown_loops=0)
+    assert tpu.compiler_seconds(optimal, totals) == pytest.approx(2 * known)
+
+
+def test_seconds_of_collectives_by_hand():
+    exchange = {"all-reduce": (3, 10**8)}
+    # 2x2: two links of 50 GB/s a chip; half of 3/4 of the bytes on each, there and back; 3 times 2 hops, there and back
+    assert tpu.collective_seconds(exchange, "v5e:2x2") == pytest.approx(2 * (0.75e8 / 100e9 + 6e-6))
+    # 16x16: four links, 8 hops to the farthest chip along each side
+    assert tpu.collective_seconds(exchange, "v5e:16x16") == pytest.approx(2 * (255 / 256 * 1e8 / 200e9 + 48e-6))
+    assert tpu.collective_seconds({"all-gather": (0, 10**8)}, "v6e:2x2") == pytest.approx(0.75e8 / 200e9)
+    assert tpu.collective_seconds(exchange, "v5e:1x1") == 0
+
+
+def a_row(**changes):
+    row = {"method": "m", "program": "train x", "dtype": "float32", "topology": "v5e:2x2", "preset": None}
+    row |= {"chips": 4, "samples": 128, "state_bytes": 10 << 20, "error": None, "memory": {"total": 1 << 30}}
+    row |= {"collectives": {"all-reduce": [20, 12 << 20]}, "seconds": {"step": 0.010, "collectives": 0.001}}
+    return row | changes
+
+
+def test_a_program_that_is_fit_has_no_faults():
+    assert tpu.judge([a_row(), a_row(topology="v5e:16x16", chips=256, seconds={"step": 0.0114})]) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"memory": {"total": 17 << 30}}, "needs 17.0 GiB of the chip's 16.0 GiB"),
+        ({"error": "RESOURCE_EXHAUSTED"}, "does not compile: RESOURCE_EXHAUSTED"),
+        ({"collectives": {"all-gather": [1, 128 * 64 * 64 * 3]}}, "something of the batch's size is gathered"),
+        ({"collectives": {"all-reduce": [1, 25 << 20]}}, "something of the batch's size is gathered"),
+        ({"program": "sweep x", "collectives": {"all-reduce": [1, 4]}}, "should not meet"),
+    ],
+)
+def test_faults_are_told(changes, reason):
+    (fault,) = tpu.judge([a_row(**changes)])
+    assert reason in fault and "float32, v5e:2x2" in fault
+    assert len(tpu.judge([a_row(), a_row(**changes)])) == 1
+
+
+def test_larger_chips_hold_more():
+    assert tpu.judge([a_row(memory={"total": 17 << 30}, topology="v6e:2x2")]) == []
+
+
+def test_steps_that_take_longer_on_more_chips_are_told():
+    rows = [a_row(), a_row(topology="v5e:16x16", chips=256, seconds={"step": 0.0116, "collectives": 0.002})]
+    (reason,) = tpu.judge(rows)
+    assert "a step takes 16% longer on 256 chips than on 4" in reason
+    assert tpu.judge([rows[0], rows[1] | {"topology": "v6e:16x16"}]) == []  # not the same chip
+    assert tpu.judge([rows[0], rows[1] | {"dtype": "bfloat16"}]) == []
+
+
+def test_the_table_marks_estimates_and_failures():
+    rows = [a_row(), a_row(error="no"), a_row(seconds=None)]
+    text = tpu.markdown({"rows": rows, "growth": []})
+    assert text.startswith("Compiler estimates, not measurements")
+    assert "| m | train x | float32 | v5e:2x2 | 128 | 1.0 GiB | 6% | 20 all-reduce 12.0 MiB | 10.00 | 1.00 |" in text
+    assert "does not compile" in text and "unknown" in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--methods", "none"], "--methods 'none' is unknown"),
+        (["--topologies", "v9:2x2"], "--topologies 'v9:2x2' is unknown"),
+        (["--programs", "trian"], "--programs 'trian' is unknown"),
+    ],
+)
+def test_unknown_names_are_refused(arguments, message, capsys):
+    with pytest.raises(SystemExit):
+        tpu.parse(arguments)
+    assert message in capsys.readouterr().err
+
+
+# --- blocks of rows that devices share ----------------------------------------------------------------------------
+
+
+def turns(rows, devices):
+    """Turns of the loop over blocks in a read of the memory, by its jaxpr."""
+    shapes = jax.ShapeDtypeStruct((rows, 8), jnp.float32), jax.ShapeDtypeStruct((2**14, 8), jnp.float32)
+    with rows_over(devices):
+        text = str(jax.make_jaxpr(lambda q, m: read_memory(q, m, threshold=0.1).value)(*shapes))
+    return [line for line in text.split() if line.startswith("length=")]
+
+
+def test_blocks_grow_with_the_devices_that_share_the_rows():
+    assert turns(2**14, 1) == turns(2**16, 4) != []
+    assert turns(2**16, 1) != turns(2**16, 4)
+
+
+def test_steps_and_scores_tell_ops_how_many_devices_share_a_batch():
+    seen, mesh = [], shard.make_mesh(data=4)
+    source = Source(image=jnp.zeros((8, 4, 4, 1), jnp.uint8), label=jnp.zeros(8, jnp.int32))
+
+    def step(key, state, batch):
+        seen.append(devices_of_rows())
+        return state, {}
+
+    def judge(state, images):
+        seen.append(devices_of_rows())
+        return Scores(image=images.mean((1, 2, 3)) + state, map=images[..., 0])
+
+    phase = Phase("train", step, steps=1, batch_size=8)
+    key, step_0, state = jax.random.key(0), jnp.int32(0), jnp.zeros(())
+    jax.eval_shape(lambda k, t: train.one_step(phase, k, state, source, t, place=shard.over_data(mesh))[0], key, step_0)
+    batch = Batch(*(jnp.zeros((8, 1)),) * 5)
+    train.placed_step(phase, key, state, batch, step_0)
+    method = types.SimpleNamespace(score=judge)
+    score.score_dataset(method, shard.replicate(state, mesh), source, batch_size=8)
+    score.score_dataset(method, state, source, batch_size=8)
+    assert seen == [4, 1, 4, 1] and devices_of_rows() == 1
+
+
+# --- the compiler -------------------------------------------------------------------------------------------------
+
+
+def planted(function, shape, spec):
+    """Facts of a program (mesh, array) on 4 chips, with the shape and sharding of the array."""
+    task = tpu.Task("planted", "train", "float32", "v5e:2x2", None)
+    mesh = shard.data_mesh(tpu.devices_of(task.topology))
+    function = functools.partial(function, mesh)
+    argument = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=NamedSharding(mesh, PartitionSpec(*spec)))
+    return tpu.attempt(tpu.Program("train x", function, (argument,), samples=shape[0], state_bytes=1 << 20), task)
+
+
+@aot
+def test_a_program_that_gathers_the_batch_is_found():
+    def gathers(mesh, images):
+        whole = jax.lax.with_sharding_constraint(images * 2, NamedSharding(mesh, PartitionSpec()))
+        return whole @ whole.T
+
+    row = planted(gathers, (512, 3072), ("data",))
+    assert row["error"] is None and row["collectives"]["all-gather"][1] == 512 * 3072 * 4
+    assert any("something of the batch's size is gathered" in fault for fault in tpu.faults(row))
+    split = planted(lambda mesh, images: images @ images.mean(0), (512, 3072), ("data",))
+    assert split["collectives"].keys() == {"all-reduce"} and tpu.faults(split) == []
+
+
+@aot
+def test_a_program_that_does_not_fit_is_found():
+    row = planted(lambda mesh, x: jnp.cumsum(x, 0)[::2], (17 * 2**18, 2**10), ())
+    assert tpu.faults(row), row
+
+
+@aot
+def test_loops_and_collectives_as_this_compiler_writes_them():
+    def looped(mesh, images):
+        return jax.lax.fori_loop(0, 24, lambda i, x: jnp.sin(x @ images.T @ images), images)
+
+    row = planted(looped, (512, 512), ())
+    once = planted(lambda mesh, images: jnp.sin(images @ images.T @ images), (512, 512), ())
+    assert row["loops"]["cycles_factor"] > 5 and row["loops"]["unknown_trips"] == 0
+    assert 10 < row["seconds"]["compiler"] / once["seconds"]["compiler"] < 40
+
+
+@aot
+def test_the_command_compiles_a_method_and_kernels_and_remembers(tmp_path, capsys):
+    file = tmp_path / "tpu.json"
+    command = ["--methods", "memae", "--preset", "tiny", "--topologies", "v5e:2x2", "--programs", "train,score,kernels"]
+    command += ["--dtypes", "bfloat16", "--json", str(file), "--jobs", "1"]
+    assert tpu.main(command) == 0
+    result = json.loads(file.read_text())
+    programs = {row["program"]: row for row in result["rows"]}
+    assert {"train train", "score", "memory read"} <= set(programs) and not result["reasons"]
+    assert programs["train train"]["collectives"]["all-reduce"][0] > 0 and programs["score"]["collectives"] == {}
+    assert programs["memory read"]["pallas_kernels"] == 3  # forward, queries, tables
+    assert programs["train train"]["memory"]["total"] < 2**30
+    assert result["note"] in file.with_suffix(".md").read_text()
+    capsys.readouterr()
+    assert tpu.main(command) == 0
+    assert capsys.readouterr().out.count("ok, earlier") == len(result["rows"])
+    assert jax.device_count() == 4 and jax.default_backend() == "cpu"
+    assert float(jax.jit(jnp.sum)(jnp.ones(8))) == 8  # the CPU is still there
+
+
+@aot
+def test_the_command_fails_where_a_program_does(tmp_path, capsys, monkeypatch):
+    def broken(dtype):
+        return (lambda x: jnp.concatenate([x, x])[: -x.shape[0]] @ x), [jax.ShapeDtypeStruct((3, 4), dtype)]
+
+    monkeypatch.setattr(tpu, "KERNELS", {"broken": broken})
+    command = ["--programs", "kernels", "--topologies", "v5e:2x2", "--jobs", "1", "--json", str(tmp_path / "t.json")]
+    assert tpu.main(command) == 1
+    assert "NOT FIT: kernels: broken, float32, v5e:2x2: does not compile: TypeError" in capsys.readouterr().out
