@@ -184,6 +184,18 @@ def parse_assignments(texts: list[str] | tuple[str, ...]) -> dict[str, str]:
     return pairs
 
 
+def parse_size(text: str | None) -> int | tuple[int, int] | None:
+    """Pixels a side, or (height, width), of a flag. Raises ValueError for another form."""
+    if text is None:
+        return None
+    parts = text.lower().split("x")
+    if len(parts) > 2 or not all(part.isdigit() and int(part) for part in parts):
+        raise ValueError(
+            f"--image-size {text!r}; expected pixels a side, such as 128, or HEIGHTxWIDTH, such as 96x128."
+        )
+    return int(parts[0]) if len(parts) == 1 else (int(parts[0]), int(parts[1]))
+
+
 def _parse_bool(value: Any) -> bool:
     if isinstance(value, bool):
         return value

@@ -23,7 +23,10 @@ class Peer(NamedTuple):
     """What a peer does. Every function returns tensors on the peer's device."""
 
     score: Callable  # (images uint8 tensor) -> (image scores (B,), maps (B, H, W))
-    steps: Mapping[str, Callable]  # phase name -> (PeerBatch) -> {metric: scalar}; one step of training, as jaxad's
+    steps: Mapping[
+        str, Callable
+    ]  # phase name -> (PeerBatch) -> {metric: scalar}, at least the loss; phases may be missing
+    reset: Callable  # () -> None; back to the weights of the state, and an optimiser that has seen nothing
     module: Any = None  # the nn.Module that holds the weights
 
 
@@ -76,7 +79,7 @@ def place(images: np.ndarray) -> Any:
     """Pictures (B, H, W, C) or clips (B, T, H, W, C), uint8, as a channels-first tensor on the peer's device."""
     import torch
 
-    return torch.from_numpy(np.ascontiguousarray(np.moveaxis(images, -1, 1))).to(device())
+    return torch.from_numpy(np.moveaxis(images, -1, 1).copy()).to(device())
 
 
 def place_batch(images: np.ndarray, labels: np.ndarray, masks: np.ndarray) -> PeerBatch:
@@ -84,7 +87,7 @@ def place_batch(images: np.ndarray, labels: np.ndarray, masks: np.ndarray) -> Pe
     import torch
 
     where = device()
-    label, mask = torch.as_tensor(labels, dtype=torch.int64), torch.as_tensor(masks, dtype=torch.float32)
+    label, mask = torch.tensor(labels, dtype=torch.int64), torch.tensor(masks, dtype=torch.float32)
     return PeerBatch(place(images), label.to(where), mask.to(where))
 
 

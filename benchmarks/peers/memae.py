@@ -83,6 +83,7 @@ class MemAE(nn.Module):
         return code.shape[-1] if self.query == "position" else code[0].numel()
 
 
+@torch.no_grad()
 def load(model: MemAE, state) -> MemAE:
     """Gives the network the weights of a jaxad state."""
     for name, part, layers in (
@@ -93,14 +94,17 @@ def load(model: MemAE, state) -> MemAE:
         convs = [m for m in part if hasattr(m, "kernel_size")]
         norms = [m for m in part if hasattr(m, "running_mean")]
         for i, conv in enumerate(convs):
-            conv.weight.data = kernel(params[f"{layers}_{i}"]["kernel"], is_transposed=layers == "ConvTranspose")
-            conv.bias.data = tensor(params[f"{layers}_{i}"]["bias"])
+            own = params[f"{layers}_{i}"]
+            conv.weight.copy_(kernel(own["kernel"], is_transposed=layers == "ConvTranspose"))
+            conv.bias.copy_(tensor(own["bias"]))
         for i, norm in enumerate(norms):
             own, seen = params[f"NormActivate_{i}"]["BatchNorm_0"], stats[f"NormActivate_{i}"]["BatchNorm_0"]
-            norm.weight.data, norm.bias.data = tensor(own["scale"]), tensor(own["bias"])
-            norm.running_mean, norm.running_var = tensor(seen["mean"]), tensor(seen["var"])
+            norm.weight.copy_(tensor(own["scale"]))
+            norm.bias.copy_(tensor(own["bias"]))
+            norm.running_mean.copy_(tensor(seen["mean"]))
+            norm.running_var.copy_(tensor(seen["var"]))
     if model.memory is not None:
-        model.memory.items.data = tensor(state.params["memory"])
+        model.memory.items.copy_(tensor(state.params["memory"]))
     return model
 
 
@@ -160,7 +164,11 @@ def make(state, spec, *, device: str, wrap) -> Peer:
         with torch.no_grad(), precision():
             return scores(images)
 
-    return Peer(score=score, steps={"train": step}, module=model)
+    def reset():
+        load(model, state)
+        optimizer.state.clear()
+
+    return Peer(score=score, steps={"train": step}, reset=reset, module=model)
 
 
 def smoother(size: int, sigma: float):

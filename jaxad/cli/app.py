@@ -27,11 +27,6 @@ def measures_of(report: dict[str, Any]) -> dict[str, Any]:
 
 def parse_size(text: str | None) -> int | tuple[int, int] | None:
     """Pixels a side, or (height, width), of a flag. Raises ValueError for another form."""
-    if text is None:
-        return None
-    parts = text.lower().split("x")
-    if len(parts) > 2 or not all(part.isdigit() and int(part) for part in parts):
-        raise ValueError(
-            f"--image-size {text!r}; expected pixels a side, such as 128, or HEIGHTxWIDTH, such as 96x128."
-        )
-    return int(parts[0]) if len(parts) == 1 else (int(parts[0]), int(parts[1]))
+    from jaxad import settings  # imports jax, which --help must not
+
+    return settings.parse_size(text)

@@ -1,0 +1,188 @@
+"""Records of benchmarks: JSON, tables, and what changed since an older record."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from jaxad.bench import machine, race
+from jaxad.bench.case import BenchmarkError, Case, Contender
+
+SCHEMA = 1
+_NOISE = 0.1  # changes below a tenth are never called one
+
+
+def summary(values: Sequence[float]) -> dict[str, float]:
+    """Percentiles of measurements: p50, p95, p99, min, max, mean, and `spread`, the interquartile range over p50."""
+    p25, p50, p75, p95, p99 = (float(v) for v in np.percentile(values, (25, 50, 75, 95, 99)))
+    ends = {"min": float(np.min(values)), "max": float(np.max(values)), "mean": float(np.mean(values))}
+    return {"p50": p50, "p95": p95, "p99": p99, **ends, "spread": (p75 - p25) / p50, "count": len(values)}
+
+
+def measure(case: Case, ceilings: machine.Ceilings, *, effort: race.Effort | None = None) -> dict[str, Any]:
+    """Checks and times a case: its record.
+
+    Raises:
+      BenchmarkError: an output or a timing that must not be believed.
+    """
+    dtype = case.facts.get("dtype", "float32")
+    ceilings.measure(dtype)
+    checked = race.check(case, np.random.default_rng(2))
+    turns, rounds = _race(case, ceilings, effort, dtype)
+    best = ceilings.measure(dtype)
+    first = case.contenders[0].name
+    contenders = [_record(case, c, turns[c.name], checked, best) for c in case.contenders]
+    ratios = {c.name: ratio([r[c.name] / r[first] for r in rounds]) for c in case.contenders[1:]}
+    record = {"case": case.name, **case.facts, "samples": case.samples, "ceilings": best}
+    record["check"] = {name: checked[name] for name in ("against", "tolerance", "worst")}
+    return {**record, "contenders": contenders, "time_over": {"name": first, "ratios": ratios}}
+
+
+def _race(case: Case, ceilings: machine.Ceilings, effort: race.Effort | None, dtype: str):
+    try:
+        return race.race(case, ceilings=ceilings.best[dtype], effort=effort)
+    except BenchmarkError as error:
+        if "GFLOP/s" not in str(error):
+            raise
+        for _ in range(5):  # a ceiling taken while a neighbour was busy is too low: once more, with better ones
+            ceilings.measure(dtype)
+        return race.race(case, ceilings=ceilings.best[dtype], effort=effort)
+
+
+def ratio(pairs: Sequence[float]) -> dict[str, Any]:
+    """Ratios of rounds: median, `spread` (interquartile range over median), `range` (largest less smallest)."""
+    low, median, high = (float(v) for v in np.percentile(pairs, (25, 50, 75)))
+    whole = (max(pairs) - min(pairs)) / median
+    return {"median": median, "spread": (high - low) / median, "range": whole, "pairs": [float(p) for p in pairs]}
+
+
+def _record(case: Case, contender: Contender, turns: list[race.Turn], checked: Mapping, best: Mapping) -> dict:
+    seconds = summary([s for t in turns for s in t.seconds])
+    program = contender.program
+    moved = program.xla["bytes"] if program else None
+    flop_rate = contender.flops / seconds["p50"] if contender.flops else None
+    byte_rate = moved / seconds["p50"] if moved else None
+    return {
+        "name": contender.name,
+        "seconds": seconds,
+        "samples_per_second": case.samples / seconds["p50"],
+        "transfer_seconds": float(np.median([s for t in turns for s in t.transfers])),
+        **{f"{name}_seconds": value for name, value in race.stages(case, contender).items()},
+        "compile_seconds": dict(contender.compile_seconds) if contender.compile_seconds else None,
+        "compile_cached": program.cached if program else None,
+        "flops": contender.flops,
+        "xla": program.xla if program else None,
+        "flops_per_second": flop_rate,
+        "bytes_per_second": byte_rate,
+        "share_of": {
+            "product": flop_rate / best["product"] if flop_rate else None,
+            "convolution": flop_rate / best["convolution"] if flop_rate else None,
+            "copy": byte_rate / best["copy"] if byte_rate else None,
+        },
+        "memory": {
+            "program": {**program.memory, "peak": program.peak_bytes} if program else None,
+            "seen": checked["seen_bytes"][contender.name],
+            "seen_how": checked["seen_how"],
+        },
+        "worst_difference": checked["worst"][contender.name],
+    }
+
+
+def record_of(records: Sequence[Mapping], settings: Mapping[str, Any], ceilings: machine.Ceilings) -> dict[str, Any]:
+    """The whole record of a run, to be written as JSON."""
+    return {
+        "schema": SCHEMA,
+        "settings": dict(settings),
+        "environment": machine.environment(),
+        "ceilings": ceilings.best,
+        "cases": list(records),
+    }
+
+
+def rows(record: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Rows of the table that is printed for a case."""
+    ratios = record["time_over"]["ratios"]
+    return [
+        {
+            "case": record["case"],
+            "by": c["name"],
+            "per s": c["samples_per_second"],
+            "p50 ms": 1e3 * c["seconds"]["p50"],
+            "p95 ms": 1e3 * c["seconds"]["p95"],
+            "p99 ms": 1e3 * c["seconds"]["p99"],
+            "spread": _percent(c["seconds"]["spread"]),
+            "of product": _percent(c["share_of"]["product"]),
+            "of copy": _percent(c["share_of"]["copy"]),
+            "compile s": sum(c["compile_seconds"].values()) if c["compile_seconds"] else None,
+            "peak MiB": c["memory"]["program"]["peak"] / 2**20 if c["memory"]["program"] else None,
+            "seen MiB": c["memory"]["seen"] / 2**20 if c["memory"]["seen"] is not None else None,
+            "time ratio": ratios[c["name"]]["median"] if c["name"] in ratios else 1.0,
+        }
+        for c in record["contenders"]
+    ]
+
+
+def ratio_lines(record: Mapping[str, Any]) -> list[str]:
+    """One line for each contender after the first: its time over the first's, pair by pair."""
+    first = record["time_over"]["name"]
+    return [
+        f"{record['case']}: time of {name} / time of {first}: {' '.join(f'{p:.2f}' for p in r['pairs'])}; "
+        f"median {r['median']:.2f}, spread {r['spread']:.0%} (all: {r['range']:.0%})"
+        for name, r in record["time_over"]["ratios"].items()
+    ]
+
+
+def _percent(value: float | None) -> str | None:
+    return None if value is None else f"{value:.0%}"
+
+
+def compare(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What changed between two records: a row for each contender of each case that both have.
+
+    Seconds are multiplied by the matrix-product ceiling measured beside them: the same machine is not always equally
+    fast. "slower" or "faster" is a change of more than a tenth and of more than the interquartile ranges of both.
+
+    Raises:
+      ValueError: another schema or device, or no case in common.
+    """
+    for name, one, other in (
+        ("schema", old.get("schema"), new["schema"]),
+        ("device", old.get("environment", {}).get("device"), new["environment"]["device"]),
+    ):
+        if one != other:
+            raise ValueError(
+                f"--compare: the older record has {name} {one!r}; expected {other!r}, as measured now. "
+                f"Pass a file that jaxad bench --json wrote on {new['environment']['device']!r}."
+            )
+    before, after = dict(_costs(old)), dict(_costs(new))
+    shared = [key for key in after if key in before]
+    if not shared:
+        raise ValueError(
+            f"--compare: the older record has none of {sorted({case for case, _ in after})}; expected at least one "
+            "case in common. Run bench with the method, preset, batch and dtype of the older record."
+        )
+    return [_change(*key, before[key], after[key]) for key in shared]
+
+
+def _costs(record: Mapping[str, Any]) -> Iterable[tuple[tuple[str, str], tuple[float, float]]]:
+    for case in record["cases"]:
+        for contender in case["contenders"]:
+            cost = contender["seconds"]["p50"] * case["ceilings"]["product"]
+            yield (case["case"], contender["name"]), (cost, contender["seconds"]["spread"])
+
+
+def _change(case: str, name: str, old: tuple[float, float], new: tuple[float, float]) -> dict[str, Any]:
+    factor, noise = new[0] / old[0], max(_NOISE, old[1] + new[1])
+    verdict = "slower" if factor > 1 + noise else "faster" if factor < 1 / (1 + noise) else "same"
+    return {"case": case, "by": name, "time ratio": factor, "noise": _percent(noise), "verdict": verdict}
+
+
+def run_all(cases: Iterable[Case], *, effort: race.Effort | None = None, say: Callable = print) -> tuple[list, Any]:
+    """Measures cases one after another: (records, ceilings). `say` gets each record when it is done."""
+    ceilings, records = machine.Ceilings(), []
+    for case in cases:
+        records.append(measure(case, ceilings, effort=effort))
+        say(records[-1])
+    return records, ceilings

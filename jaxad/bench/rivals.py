@@ -1,0 +1,128 @@
+"""Peers as contenders: the PyTorch versions in benchmarks/peers, eager and compiled, beside jaxad in one process."""
+
+from __future__ import annotations
+
+import importlib
+import pathlib
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxad import train
+from jaxad.bench.case import Contender
+from jaxad.bench.methods import Setting, Steps, draw_source, rows_of, steps_of_run
+from jaxad.core import take
+
+
+def find_peers() -> Any:
+    """The package benchmarks.peers of the checkout that jaxad was imported from.
+
+    Raises:
+      ValueError: jaxad was installed without its checkout.
+    """
+    root = pathlib.Path(__file__).resolve().parents[2]
+    if not (root / "benchmarks" / "peers" / "__init__.py").is_file():
+        raise ValueError(
+            f"--peer: {root} has no benchmarks/peers; expected a checkout of jaxad, since peers are not installed with "
+            "it. Clone the repository and run pip install -e '.[peers]' in it, or leave out --peer."
+        )
+    if str(root) not in sys.path:
+        sys.path.insert(0, str(root))
+    return importlib.import_module("benchmarks.peers")
+
+
+def rivals(say: Callable) -> Callable:
+    """The `rivals` of `methods.cases`: torch, and torch under torch.compile, or a word to `say` why not."""
+    peers = find_peers()
+
+    def build(setting: Setting, work: str, index: int | None, state: Any, spec: Any, key: Any) -> list[Contender]:
+        found: list[Contender] = []
+        for name, compiled in (("torch", False), ("torch.compile", True)):
+            peer = peers.make(setting.method.name, state, spec, compiled=compiled)
+            if work == "train" and setting.method.phases(setting.cfg)[index].name not in peer.steps:
+                say(f"the peer of {setting.method.name} has no such phase: it is timed alone")
+                return []
+            contender = _scorer(peers, peer, setting) if work == "score" else _stepper(peers, peer, setting, index, key)
+            try:
+                seconds, flops = _first_run(contender, setting, work, compiled)
+            except Exception as error:  # noqa: BLE001 - whatever stops torch.compile, the race goes on without it
+                if not compiled:
+                    raise
+                say(f"{name} of {setting.method.name} {work} left out: {type(error).__name__}: {_first_line(error)}")
+                continue
+            peer.reset()
+            flops = found[0].flops if found else flops
+            compiling = {"compile": seconds} if compiled else None
+            found.append(contender._replace(name=name, flops=flops, compile_seconds=compiling))
+        return found
+
+    return build
+
+
+def _first_run(contender: Contender, setting: Setting, work: str, compiled: bool) -> tuple[float, float | None]:
+    """Runs once: (seconds, FLOPs of eager products and convolutions as torch counts them)."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    numbers = np.random.default_rng(0)
+    if work == "score":
+        drawn: Any = draw_source(setting, numbers, setting.batch)
+    else:
+        drawn = Steps(draw_source(setting, numbers, rows_of(setting), labelled=True), np.int32(0))
+    given = contender.put(drawn)
+    began = time.perf_counter()
+    if compiled:
+        contender.wait(contender.run(given))
+        return time.perf_counter() - began, None
+    with FlopCounterMode(display=False) as counter:
+        contender.wait(contender.run(given))
+    return time.perf_counter() - began, float(counter.get_total_flops())
+
+
+def _scorer(peers: Any, peer: Any, setting: Setting) -> Contender:
+    rows = np.arange(setting.batch, dtype=np.int32)
+    return Contender(
+        "torch",
+        peer.score,
+        put=lambda source: peers.place(_pictures(source, rows)[0]),
+        wait=peers.wait,
+        fetch=lambda result: dict(zip(("image", "map"), (r.cpu().float().numpy() for r in result), strict=True)),
+    )
+
+
+def _stepper(peers: Any, peer: Any, setting: Setting, index: int | None, key: Any) -> Contender:
+    """Steps on the very batches that jaxad's steps see. Gathering them is not timed, which favours the peer."""
+    assert index is not None
+    phase = setting.method.phases(setting.cfg)[index]._replace(batch_size=setting.batch)
+    step, count, size = peer.steps[phase.name], steps_of_run(phase), rows_of(setting)
+    rows_at = jax.jit(lambda t: train.batch_rows(key, phase, t, size=size)[0])
+
+    def put(drawn):
+        rows = [np.minimum(np.asarray(rows_at(np.int32(drawn.first + t))), size - 1) for t in range(count)]
+        return [peers.place_batch(*_pictures(drawn.source, r)) for r in rows]
+
+    def fetch(found):
+        stacked = {name: np.stack([f[name].cpu().float().numpy() for f in found]) for name in found[0]}
+        return stacked if count > 1 else {name: values[0] for name, values in stacked.items()}
+
+    return Contender(
+        "torch",
+        lambda batches: [step(batch) for batch in batches],
+        put=put,
+        wait=peers.wait,
+        fetch=fetch,
+    )
+
+
+def _pictures(source: Any, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(images uint8, labels, masks) of rows of a source of NumPy arrays."""
+    with jax.default_device(jax.local_devices(backend="cpu")[0]):
+        images, labels, masks = jax.device_get(take(source, rows))
+    return np.rint(np.asarray(images) * 255).astype(np.uint8), np.asarray(labels), np.asarray(masks)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [""])[0][:200]
