@@ -144,7 +144,8 @@ class Programs:
     def __init__(self, members: Members | None = None, *, sharding: jax.sharding.Sharding | None = None):
         self.members, self.sharding = members, sharding
         self.bytes = 0  # that the largest program needs on a device
-        self._seconds = 0.0
+        self.seconds = 0.0  # spent compiling, in all
+        self._taken = 0.0
         self._made: dict[tuple, Any] = {}
 
     def compile(self, label: tuple, function: Callable, axes: tuple, donate: tuple[int, ...], *args, looped=False):
@@ -165,7 +166,7 @@ class Programs:
             whole = self._whole(function, axes, looped)
             program = jax.jit(whole, donate_argnums=donate, out_shardings=self.sharding)
             self._made[key] = program.lower(*args).compile()
-            self._seconds += time.perf_counter() - began
+            self.seconds += time.perf_counter() - began
             self.bytes = max(self.bytes, bytes_of(self._made[key]))
         return self._made[key]
 
@@ -199,7 +200,7 @@ class Programs:
 
     def take_seconds(self) -> float:
         """Seconds spent compiling since the last call."""
-        seconds, self._seconds = self._seconds, 0.0
+        seconds, self._taken = self.seconds - self._taken, self.seconds
         return seconds
 
 

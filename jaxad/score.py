@@ -169,8 +169,13 @@ def quantile_threshold(normal_scores: np.ndarray, *, fpr: float) -> float:
     is returned; it states a rate of 1/(n + 1).
     """
     ordered = np.sort(np.asarray(normal_scores, np.float64).ravel())
-    rank = math.ceil((ordered.size + 1) * (1 - fpr) - 1e-9)
-    return float(ordered[min(max(rank, 1), ordered.size) - 1])
+    return float(ordered[quantile_place(ordered.size, fpr=fpr)])
+
+
+def quantile_place(count: int, *, fpr: float) -> int:
+    """Where the `quantile_threshold` of `count` scores stands among them in ascending order, from 0."""
+    rank = math.ceil((count + 1) * (1 - fpr) - 1e-9)
+    return min(max(rank, 1), count) - 1
 
 
 def calibrate(method: Method, state: Any, holdout: Source, *, fpr: float = 0.01, batch_size: int = 32) -> Calibration:
