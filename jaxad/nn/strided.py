@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jaxad.core import Array
 from jaxad.nn import init
 from jaxad.nn.conv import choose_impl
-from jaxad.ops.space_to_depth import TAPS, conv4, conv4_transposed, doubled, halved
+from jaxad.ops.space_to_depth import conv4, conv4_transposed, doubled, halved
 
 
 class Layer(NamedTuple):
@@ -65,7 +65,13 @@ def apply_layer(layer: Layer, x: Array, kernel: Array, *, impl: str = "auto") ->
     if layer.kind == "dense":
         return x @ kernel
     apply = conv4_transposed if layer.kind == "transposed" else conv4
-    return apply(x, kernel, padding=layer.padding, impl=choose_impl(impl, TAPS * kernel.shape[-1]))
+    return apply(x, kernel, padding=layer.padding, impl=lowering(impl))
+
+
+def lowering(impl: str) -> str:
+    """Resolves "auto" for `jaxad.ops.space_to_depth`: "mixed" where narrow and wide outputs want different forms."""
+    narrow, wide = choose_impl(impl, 1), choose_impl(impl, 2**20)
+    return wide if narrow == wide else "mixed"
 
 
 class StridedAutoencoder(nn.Module):
