@@ -1,19 +1,25 @@
-"""Convolutions with one or two lowerings each, and the Linen layers that own their kernels.
+"""Convolutions, and the Linen layers that own their kernels.
 
-`impl="conv"` is XLA's convolution, `impl="gemm"` gathers shifted windows and multiplies matrices. Measured on XLA-CPU
-(jax 0.10.2, 2 cores, forward and backward, 3x3, stride 2):
-  * XLA's gradient of a transposed convolution (`lhs_dilation`) is 2-20x slower than the sub-pixel form used here, in
-    which every output phase is its own set of taps and a depth-to-space puts the phases in place.
-  * Called step by step, GEMM is up to 1.5x faster for wide outputs and up to 3x slower for narrow ones.
-  * Inside `scan` XLA's convolution is 24-57x slower than outside, and with vmapped kernels (4 members, a grouped
-    convolution) 7-12x slower than GEMM, which does not mind either: on CPU, vmapped or scanned runs want "gemm".
-Layouts: images (B, *spatial, C), kernels (*taps, C, O); any number of spatial axes.
+Three operations make up the training of a convolution: `correlate`, its transpose (`correlate_transposed`, also the
+gradient of the image), and the gradient of the kernel. Each has two lowerings, XLA's convolution and matrix products;
+`impl` names a choice for the three, `choose_impl` makes it:
+
+  * "conv": XLA's convolution throughout, with XLA's gradients. What accelerators want.
+  * "mixed": XLA's convolution for images, products for the gradient of the kernel. What XLA-CPU wants of a program that
+    is one training step: its convolution of images is as fast as oneDNN's, strided and dilated too, its gradient of the
+    kernel 1.5-2x slower.
+  * "gemm": products throughout. What XLA-CPU wants inside loops, where its convolution is 24-57x slower than outside,
+    and of kernels that are vmapped over members, a grouped convolution there.
+
+`benchmarks/conv.py` measures them and the forms that lost. Layouts: images (B, *spatial, C), kernels (*taps, C, O); any
+number of spatial axes.
 """
 
 from __future__ import annotations
 
 import contextlib
 import contextvars
+import functools
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -22,14 +28,14 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
 from jaxad.core import Array
 from jaxad.nn import init
 
-IMPLS = ("auto", "conv", "gemm")
+IMPLS = ("auto", "conv", "mixed", "gemm")
 _NARROW = 32  # outputs (phases x channels) under which a GEMM of windows loses to XLA-CPU's convolution
+_MIN_COLUMNS = 64  # a product of fewer columns does not pay for its reading
 
 
 class _Target(NamedTuple):
@@ -62,15 +68,16 @@ def lowering_for(*, platform: str | None = None, members: bool = False, looped: 
         _target.reset(token)
 
 
-def choose_impl(impl: str, outputs: int) -> str:
+def choose_impl(impl: str, outputs: int, *, mixed: bool = False) -> str:
     """Resolves "auto" at trace time, by the target that `lowering_for` names; the one place where this is decided.
 
     Args:
-      impl: "auto", "conv" or "gemm".
+      impl: "auto" or another of `IMPLS`.
       outputs: output channels, with those of all phases of a transposed convolution.
+      mixed: whether the caller has a "mixed" form.
 
     Returns:
-      "conv" or "gemm".
+      "conv", "gemm" or, if there is one, "mixed".
 
     Raises:
       ValueError: an unknown name.
@@ -78,11 +85,30 @@ def choose_impl(impl: str, outputs: int) -> str:
     if impl not in IMPLS:
         raise ValueError(f"conv_impl={impl!r} is unknown; expected one of {IMPLS}. Pass conv_impl='auto'.")
     if impl != "auto":
-        return impl
+        return impl if mixed or impl != "mixed" else "conv"
     target = _target.get()
     if (target.platform or jax.default_backend()) != "cpu":
         return "conv"
-    return "gemm" if target.members or target.looped or outputs >= _NARROW else "conv"
+    if target.members or target.looped:
+        return "gemm"
+    if mixed:
+        return "mixed"
+    return "gemm" if outputs >= _NARROW else "conv"
+
+
+class _Window(NamedTuple):
+    """How windows lie on the larger image of a convolution and its transpose."""
+
+    size: tuple[int, ...]  # of the larger image, per spatial axis
+    taps: tuple[int, ...]
+    strides: tuple[int, ...]
+    padding: tuple[tuple[int, int], ...]
+
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """Windows per axis: the size of the smaller image."""
+        axes = zip(self.size, self.taps, self.strides, self.padding, strict=True)
+        return tuple((n + sum(padding) - t) // s + 1 for n, t, s, padding in axes)
 
 
 def correlate(
@@ -90,77 +116,199 @@ def correlate(
 ) -> Array:
     """Cross-correlation, what neural networks call convolution.
 
+    Forms other than "conv" have their own gradient: reverse mode of any order, no forward mode.
+
     Args:
       image: (B, *spatial, C).
       kernel: (*taps, C, O).
       strides, padding: per spatial axis; padding is (before, after), of zeros.
-      impl: "conv", "gemm" or "auto".
+      impl: one of `IMPLS`.
 
     Returns:
       (B, *outputs, O).
     """
-    if choose_impl(impl, kernel.shape[-1]) == "conv":
-        axes = "DHW"[-len(strides) :]
-        numbers = (f"N{axes}C", f"{axes}IO", f"N{axes}C")
-        return lax.conv_general_dilated(image, kernel, tuple(strides), tuple(padding), dimension_numbers=numbers)
-    padded = jnp.pad(image, ((0, 0), *padding, (0, 0)))
-    taps = kernel.shape[:-2]
-    sizes = [(n - t) // s + 1 for n, t, s in zip(padded.shape[1:-1], taps, strides, strict=True)]
-    windows = [
-        padded[
-            (slice(None), *(slice(o, o + (n - 1) * s + 1, s) for o, n, s in zip(offset, sizes, strides, strict=True)))
-        ]
-        for offset in itertools.product(*map(range, taps))
-    ]
-    columns = jnp.concatenate(windows, axis=-1).reshape(-1, math.prod(taps) * image.shape[-1])
-    return (columns @ kernel.reshape(-1, kernel.shape[-1])).reshape(image.shape[0], *sizes, kernel.shape[-1])
-
-
-def _phase_taps(stride: int) -> np.ndarray:
-    """Which tap of a 3-tap kernel meets which input neighbour, per output phase: (phases, neighbours, taps) 0/1."""
-    if stride == 1:
-        return np.eye(3, dtype=np.float32)[None]
-    table = np.zeros((2, 2, 3), np.float32)
-    table[0, 0, 1] = table[1, 0, 0] = table[1, 1, 2] = 1  # even outputs see the centre tap, odd ones both neighbours
-    return table
+    window = _Window(image.shape[1:-1], kernel.shape[:-2], tuple(strides), tuple((a, b) for a, b in padding))
+    impl = choose_impl(impl, kernel.shape[-1], mixed=True)
+    return _convolve(image, kernel, window) if impl == "conv" else _correlate(image, kernel, window, impl)
 
 
 def correlate_transposed(
     image: Array, kernel: Array, *, strides: Sequence[int], output_padding: Sequence[int], impl: str = "conv"
 ) -> Array:
-    """Transposed convolution with 3 taps and padding 1 per axis, in sub-pixel form.
+    """Transposed convolution with padding 1 per axis.
 
-    Equals the correlation of `kernel` with the image dilated by `strides` and padded (1, 1 + output_padding); torch's
-    ConvTranspose holds the same kernel spatially flipped.
+    Equals the correlation of `kernel` with the image dilated by `strides` and padded so that it transposes a
+    convolution of padding 1; torch's ConvTranspose holds the same kernel spatially flipped. Forms other than "conv"
+    have their own gradient: reverse mode of any order, no forward mode.
 
     Args:
       image: (B, *spatial, C).
-      kernel: (3, ..., 3, C, O).
-      strides: 1 or 2 per axis.
-      output_padding: 0 or 1 per axis; an axis of n gives (n - 1) * stride + 1 + output_padding.
-      impl: "conv", "gemm" or "auto".
+      kernel: (*taps, C, O).
+      strides: per axis.
+      output_padding: below the stride, per axis; an axis of n gives (n - 1) * stride + taps - 2 + output_padding.
+      impl: one of `IMPLS`.
 
     Returns:
       (B, *outputs, O).
     """
-    rank, features = len(strides), kernel.shape[-1]
-    tables = [_phase_taps(s) for s in strides]
-    phases = [t.shape[0] for t in tables]
-    # kernel'[neighbours..., C, phases..., O] = sum over taps of the tables times the kernel
-    letters = [("abc"[i], "def"[i], "ghi"[i]) for i in range(rank)]
-    terms = ["".join(ls) for ls in letters] + ["".join(ls[2] for ls in letters) + "xy"]
-    result = "".join(ls[1] for ls in letters) + "x" + "".join(ls[0] for ls in letters) + "y"
-    small = jnp.einsum(f"{','.join(terms)}->{result}", *(jnp.asarray(t, kernel.dtype) for t in tables), kernel)
-    small = small.reshape(*(t.shape[1] for t in tables), kernel.shape[-2], math.prod(phases) * features)
-    padding = [(1, 1) if s == 1 else (0, 1) for s in strides]
-    outputs = correlate(image, small, strides=[1] * rank, padding=padding, impl=impl)
-    spatial = image.shape[1:-1]
-    split = outputs.reshape(image.shape[0], *spatial, *phases, features)
-    order = [0, *itertools.chain(*((1 + i, 1 + rank + i) for i in range(rank))), 1 + 2 * rank]
-    whole = [n * p for n, p in zip(spatial, phases, strict=True)]
-    full = split.transpose(order).reshape(image.shape[0], *whole, features)
-    ends = [(n - 1) * s + 1 + o for n, s, o in zip(spatial, strides, output_padding, strict=True)]
-    return full[(slice(None), *(slice(0, end) for end in ends))]
+    taps, axes = kernel.shape[:-2], zip(image.shape[1:-1], kernel.shape[:-2], strides, output_padding, strict=True)
+    size = tuple((n - 1) * s + t - 2 + extra for n, t, s, extra in axes)
+    window = _Window(size, taps, tuple(strides), ((1, 1),) * len(taps))
+    flipped = jnp.flip(kernel, range(len(taps))).swapaxes(-1, -2)  # the kernel of the convolution that this transposes
+    impl = choose_impl(impl, math.prod(strides) * kernel.shape[-1], mixed=True)
+    return _spread(image, flipped, window) if impl == "conv" else _transpose(image, flipped, window, impl)
+
+
+# --- the three operations, each the gradient of the others --------------------------------------------------------
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _correlate(image: Array, kernel: Array, window: _Window, impl: str) -> Array:
+    return _convolve(image, kernel, window) if impl == "mixed" else _multiply_columns(image, kernel, window)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _transpose(image: Array, kernel: Array, window: _Window, impl: str) -> Array:
+    return _spread(image, kernel, window) if impl == "mixed" else _overlap_add(image, kernel, window)
+
+
+def _correlate_forward(image, kernel, window, impl):
+    return _correlate(image, kernel, window, impl), (image, kernel)
+
+
+def _correlate_backward(window, impl, saved, grad):
+    image, kernel = saved
+    return _transpose(grad, kernel, window, impl), _kernel_gradient(image, grad, window).astype(kernel.dtype)
+
+
+def _transpose_forward(image, kernel, window, impl):
+    return _transpose(image, kernel, window, impl), (image, kernel)
+
+
+def _transpose_backward(window, impl, saved, grad):
+    image, kernel = saved
+    return _correlate(grad, kernel, window, impl), _kernel_gradient(grad, image, window).astype(kernel.dtype)
+
+
+_correlate.defvjp(_correlate_forward, _correlate_backward)
+_transpose.defvjp(_transpose_forward, _transpose_backward)
+
+
+def _kernel_gradient(large: Array, small: Array, window: _Window) -> Array:
+    """The sum over windows of (values in the window) x (value of the smaller image), by matrix products.
+
+    Windows are gathered along the inner axes only, as many as it takes to fill a product. Along an outer axis of
+    stride s the rows are split into s phases, and a tap meets one of the phases with the smaller image shifted: the
+    products read both images little more than once, where gathering whole windows would copy the larger one taps / s
+    times an axis.
+
+    Args:
+      large: (B, *size, C).
+      small: (B, *counts, O).
+
+    Returns:
+      (*taps, C, O) float32.
+    """
+    rank, channels = len(window.taps), large.shape[-1]
+    outer = rank - 1
+    while outer and math.prod(window.taps[outer:]) * channels < _MIN_COLUMNS:
+        outer -= 1
+    taps, strides = window.taps[:outer], window.strides[:outer]
+    shifts = [(t - 1) // s for t, s in zip(taps, strides, strict=True)]
+    padding = list(window.padding)
+    for axis, (shift, stride) in enumerate(zip(shifts, strides, strict=True)):
+        before = padding[axis][0]
+        padding[axis] = before, (window.counts[axis] + shift) * stride - window.size[axis] - before
+    padded, rows = _pad(large, padding), {}
+    products = []
+    for tap in itertools.product(*map(range, taps)):
+        phase = tuple(t % s for t, s in zip(tap, strides, strict=True))
+        if phase not in rows:
+            part = padded[(slice(None), *(slice(f, None, s) for f, s in zip(phase, strides, strict=True)))]
+            rows[phase] = _columns(part, window, outer)
+        moved = [(t // s, shift - t // s) for t, s, shift in zip(tap, strides, shifts, strict=True)]
+        facing = _pad(small, moved + [(0, 0)] * (rank - outer))
+        # As matrices: XLA would transpose arrays of higher rank in memory.
+        seen, faced = (x.reshape(-1, x.shape[-1]) for x in (rows[phase], facing))
+        products.append(lax.dot_general(seen, faced, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32))
+    return jnp.stack(products).reshape(*window.taps, channels, small.shape[-1])
+
+
+# --- by XLA's convolution -----------------------------------------------------------------------------------------
+
+
+def _convolve(image: Array, kernel: Array, window: _Window) -> Array:
+    return lax.conv_general_dilated(
+        image, kernel, window.strides, window.padding, dimension_numbers=_dimension_numbers(len(window.taps))
+    )
+
+
+def _spread(image: Array, kernel: Array, window: _Window) -> Array:
+    """The transpose of `_convolve` in the image: a convolution of the image dilated by the strides."""
+    padding = []
+    for size, count, taps, stride, (before, _) in zip(window.size, window.counts, *window[1:], strict=True):
+        start = taps - 1 - before
+        padding.append((start, size + taps - 1 - ((count - 1) * stride + 1) - start))
+    flipped = jnp.flip(kernel, range(len(padding))).swapaxes(-1, -2)
+    return lax.conv_general_dilated(
+        image,
+        flipped,
+        (1,) * len(padding),
+        padding,
+        lhs_dilation=window.strides,
+        dimension_numbers=_dimension_numbers(len(padding)),
+    )
+
+
+def _dimension_numbers(rank: int) -> tuple[str, str, str]:
+    axes = "DHW"[-rank:]
+    return f"N{axes}C", f"{axes}IO", f"N{axes}C"
+
+
+# --- by matrix products -------------------------------------------------------------------------------------------
+
+
+def _pad(image: Array, padding: Sequence[tuple[int, int]]) -> Array:
+    """Pads the spatial axes with zeros; negative numbers cut."""
+    return lax.pad(image, jnp.zeros((), image.dtype), [(0, 0, 0), *((*edges, 0) for edges in padding), (0, 0, 0)])
+
+
+def _columns(padded: Array, window: _Window, first: int) -> Array:
+    """Windows along the spatial axes from `first` on: (..., *counts of these axes, their taps x C)."""
+    taps, strides, counts = window.taps[first:], window.strides[first:], window.counts[first:]
+    parts = []
+    for offset in itertools.product(*map(range, taps)):
+        ends = (o + (n - 1) * s + 1 for o, n, s in zip(offset, counts, strides, strict=True))
+        cuts = (slice(o, end, s) for o, end, s in zip(offset, ends, strides, strict=True))
+        parts.append(padded[(slice(None),) * (1 + first) + tuple(cuts)])
+    return jnp.concatenate(parts, axis=-1)
+
+
+def _multiply_columns(image: Array, kernel: Array, window: _Window) -> Array:
+    columns = _columns(_pad(image, window.padding), window, 0)
+    return columns @ kernel.reshape(-1, kernel.shape[-1])
+
+
+def _overlap_add(image: Array, kernel: Array, window: _Window) -> Array:
+    """The transpose of `_multiply_columns` in the image: one product gives every value of every window, then windows
+    are added where they overlap, axis by axis."""
+    rank = len(window.taps)
+    values = image @ kernel.reshape(-1, kernel.shape[-1]).T
+    values = values.reshape(*image.shape[:-1], *kernel.shape[:-1])
+    for axis, (size, taps, stride, (before, _)) in enumerate(zip(*window, strict=True)):
+        at, shift = 1 + axis, (taps - 1) // stride
+        by_tap = jnp.moveaxis(values, 1 + rank, 0)  # the first tap axis left
+        phases = [jnp.zeros((), values.dtype)] * stride
+        for tap in range(taps):
+            edges = [(0, 0, 0)] * (by_tap.ndim - 1)
+            edges[at] = (tap // stride, shift - tap // stride, 0)
+            phases[tap % stride] += lax.pad(by_tap[tap], jnp.zeros((), values.dtype), edges)
+        shape = by_tap.shape[1 : 1 + at] + ((by_tap.shape[1 + at] + shift) * stride,) + by_tap.shape[2 + at :]
+        whole = jnp.stack(jnp.broadcast_arrays(*phases), axis=at + 1).reshape(shape)
+        edges = [(0, 0, 0)] * whole.ndim
+        edges[at] = (-before, size + before - shape[at], 0)
+        values = lax.pad(whole, jnp.zeros((), values.dtype), edges)
+    return values
 
 
 def _kernel_init(std: float | None, bound: float) -> Callable:
