@@ -49,13 +49,13 @@ def default_way() -> str:
     return "map" if jax.default_backend() == "cpu" else "vmap"
 
 
-def use_all_cores() -> None:
-    """Makes every CPU core a device. Without effect on accelerators, or once jax has started."""
+def use_all_cores(cores: int | None = None) -> None:
+    """Makes every CPU core, or so many, a device. Without effect on accelerators, or once jax has started."""
     if "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
         return  # the user's choice
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    here = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     with contextlib.suppress(RuntimeError):  # jax runs already
-        jax.config.update("jax_num_cpu_devices", cores)
+        jax.config.update("jax_num_cpu_devices", cores or here)
 
 
 def lift(function: Callable, axes: tuple, members: Members) -> Callable:

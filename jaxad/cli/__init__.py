@@ -7,7 +7,7 @@ import os
 import sys
 
 from jaxad import cache
-from jaxad.cli import run, bench, facts  # noqa: F401 - each registers its verbs, in the order of the help
+from jaxad.cli import run, sweep, bench, facts  # noqa: F401 - each registers its verbs, in the order of the help
 from jaxad.cli.app import app
 
 _FAILED, _INTERRUPTED = 2, 130

@@ -1,0 +1,289 @@
+"""`report.html` of a sweep: one self-contained file that says which cell is best and how sure that is."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from jaxad.files import environment, write_text
+from jaxad.report.parts import duration, escape, section
+from jaxad.report.style import PAGE, STYLE
+from jaxad.sweep import stats
+from jaxad.sweep.folder import TIMINGS
+from jaxad.sweep.grid import Request
+from jaxad.sweep.plots import draw_cells, draw_effect, draw_heat, label_of
+from jaxad.sweep.stats import Cell, Difference, Summary
+
+_STYLE = (
+    STYLE
+    + """
+th.num, td.num { text-align: right; white-space: nowrap; } .wide .plot svg { max-width: 760px; }
+tr.best td { font-weight: 600; } td.num + td:not(.num), td:not(.num) { text-align: left; }
+"""
+)
+_NAMES = {
+    "image_auroc": "image AUROC",
+    "image_ap": "image AP",
+    "image_f1max": "image F1-max",
+    "pixel_auroc": "pixel AUROC",
+    "pixel_ap": "pixel AP",
+    "pixel_f1max": "pixel F1-max",
+    "aupro": "AUPRO 0.3",
+    "aupro_005": "AUPRO 0.05",
+}
+_METHODS = (
+    "Seeds are the repetitions: each is another split of the data, another initialisation, another order of the "
+    "pictures, and the same in every cell. Intervals are 95% intervals of the mean by Student's t over the seeds. "
+    "Differences are taken seed by seed; p is of the two-sided paired t-test (scipy.stats.ttest_rel), and Holm's "
+    "correction keeps the chance of any false finding among all {count} of them below 5%. Intervals of differences are "
+    "not corrected. With few seeds the tests are weak, and they assume differences that are roughly normal."
+)
+
+
+def write_sweep_report(
+    path: pathlib.Path,
+    table: Sequence[Mapping[str, Any]],
+    *,
+    request: Request,
+    axes: Sequence[str],
+    metric: str,
+    base: Mapping[str, Any],
+    notes: Sequence[str] = (),
+) -> None:
+    """Writes the whole report as one HTML file that needs neither network nor scripts.
+
+    Args:
+      path: the file to write, in one move.
+      table: rows of results.csv.
+      request: of the sweep.
+      axes: columns that name a cell.
+      metric: column that cells are compared by.
+      base: the cell that others are compared with, by axis.
+      notes: about the data.
+    """
+    cells = stats.cells_of(table, axes, metric)
+    summaries = {cell: stats.summarise(list(values.values())) for cell, values in cells.items()}
+    differences = stats.compare(cells, base_pairs(list(cells), axes, base))
+    name = _NAMES[metric]
+    sections = [
+        _head(request, table, cells),
+        section("", _lead(cells, summaries, differences, axes, name)),
+        _cells_section(cells, summaries, differences, axes, base, name),
+        _effects_section(cells, axes, name),
+        _metrics_section(table, axes),
+        _notes_section(table, metric, differences, notes),
+        _cost_section(table),
+        _settings_section("Settings", request.to_json()),
+        _settings_section("Environment", environment()),
+    ]
+    title = escape(f"sweep of {request.base.method}")
+    write_text(path, PAGE.format(title=title, style=_STYLE, body="\n".join(filter(None, sections))))
+
+
+def base_pairs(cells: Sequence[Cell], axes: Sequence[str], base: Mapping[str, Any]) -> list[tuple[Cell, Cell]]:
+    """Each cell with the base cell of its own data set; other data are no alternative to choose."""
+    pairs = []
+    for cell in cells:
+        own = tuple(value if axis == "data" else base[axis] for axis, value in zip(axes, cell, strict=True))
+        if own != cell and own in cells:
+            pairs.append((cell, own))
+    return pairs
+
+
+def _head(request: Request, table: Sequence[Mapping[str, Any]], cells: Mapping[Cell, Any]) -> str:
+    data = ", ".join(pathlib.PurePath(where).name or where for where in request.data)
+    facts = [
+        f"preset {request.base.preset}" if request.base.preset else "",
+        f"{len(table)} runs: {len(cells)} cells × {len(request.seeds)} seeds",
+        f"grid: {', '.join(request.grid)}" if request.grid else "",
+    ]
+    title = f"Sweep of {escape(request.base.method)} <span>on {escape(data)}</span>"
+    return f'<header><h1>{title}</h1><p class="hint">{escape(" · ".join(filter(None, facts)))}</p></header>'
+
+
+def _lead(cells, summaries, differences: list[Difference], axes, name: str) -> str:
+    best = stats.best_cell(cells)
+    if best is None:
+        return f'<p class="lead">No cell has a defined {escape(name)}.</p>'
+    text = f"Best mean {name}: {_with_interval(summaries[best])}"
+    text += f" with {_cell_text(best, axes)}." if axes else "."
+    found = next((d for d in differences if d.cell == best), None)
+    if found is not None:
+        change = f"{found.summary.mean:+.4f} against the base cell"
+        if not math.isfinite(found.p_holm):
+            text += f" That is {change}; too few seeds to test."
+        else:
+            sure = "more" if found.p_holm < 0.05 else "no more"
+            text += f" That is {change}, {sure} than chance explains (Holm-corrected p {_p(found.p_holm)})."
+    elif differences:
+        text += " That is the base cell."
+    return f'<p class="lead">{escape(text)}</p>'
+
+
+def _cells_section(cells, summaries, differences, axes, base, name: str) -> str:
+    by_cell = {difference.cell: difference for difference in differences}
+    best = stats.best_cell(cells)
+    rows, classes = [], []
+    for cell, summary in summaries.items():
+        other = by_cell.get(cell)
+        row = [*map(label_of, cell), str(summary.number), _number(summary.mean), *_interval(summary)]
+        if differences:
+            row += (
+                ["base", "", "", ""]
+                if other is None
+                else [f"{other.summary.mean:+.4f}", _span(other.summary), _p(other.p), _p(other.p_holm)]
+            )
+        rows.append(row)
+        classes.append("best" if cell == best and len(cells) > 1 else "")
+    head = [*axes, "seeds", name, "95% interval"]
+    head += ["difference", "95% interval", "p", "p (Holm)"] if differences else []
+    labels = {cell: _cell_text(cell, axes) or "all" for cell in cells}
+    points = {cell: list(values.values()) for cell, values in cells.items()}
+    own_base = tuple(base[axis] for axis in axes) if axes else None
+    plot = draw_cells(summaries, labels, points, own_base, name) if len(cells) > 1 else ""
+    hint = '<p class="hint">Dots are seeds. Dashed: the mean of the base cell.</p>' if plot and differences else ""
+    return section(
+        "Cells",
+        _table(head, rows, text_columns=_text_axes(cells, axes), classes=classes)
+        + f'<div class="wide">{plot}{hint}</div>',
+    )
+
+
+def _effects_section(cells, axes, name: str) -> str:
+    effects = stats.main_effects(cells, axes)
+    if len(effects) < 2:
+        return ""
+    plots = [draw_effect(axis, effect, name) for axis, effect in effects.items()]
+    heats = [
+        draw_heat(pair, _means(cells, axes, pair), name)
+        for pair in itertools.islice(itertools.combinations(effects, 2), 6)
+    ]
+    rows = [
+        [axis if first else "", label_of(value), str(summary.number), _number(summary.mean), *_interval(summary)]
+        for axis, effect in effects.items()
+        for first, (value, summary) in zip(itertools.chain([True], itertools.repeat(False)), effect)  # noqa: B905
+    ]
+    hint = '<p class="hint">Each value of an axis, averaged over all other axes, seed by seed.</p>'
+    table = _table(["axis", "value", "seeds", f"mean {name}", "95% interval"], rows, text_columns=[0])
+    drawn = f'<div class="plots small">{"".join(plots)}</div><div class="plots">{"".join(heats)}</div>'
+    return section("Main effects", hint + drawn + table)
+
+
+def _means(cells, axes, pair: tuple[str, str]) -> dict[tuple, float]:
+    """Mean over seeds and the other axes of each combination of two axes."""
+    places = [list(axes).index(axis) for axis in pair]
+    found: dict[tuple, list[float]] = {}
+    for cell, by_seed in cells.items():
+        found.setdefault(tuple(cell[p] for p in places), []).extend(by_seed.values())
+    return {key: stats.summarise(values).mean for key, values in found.items()}
+
+
+def _metrics_section(table, axes) -> str:
+    """All measures of each cell."""
+    known = [name for name in _NAMES if any(row.get(name) is not None for row in table)]
+    if not known:
+        return ""
+    columns = {name: stats.cells_of(table, axes, name) for name in known}
+    rows = []
+    for cell in columns[known[0]]:
+        found = [stats.summarise(list(columns[name][cell].values())) for name in known]
+        rows.append([*map(label_of, cell), *map(_with_interval, found)])
+    head = [*axes, *(_NAMES[name] for name in known)]
+    body = _table(head, rows, text_columns=_text_axes(columns[known[0]], axes))
+    return (
+        f"<section><details><summary>All metrics, mean ± half of the 95% interval</summary>{body}</details></section>"
+    )
+
+
+def _notes_section(table, metric: str, differences: list[Difference], notes: Sequence[str]) -> str:
+    lost = [row for row in table if row.get(metric) is None]
+    found = [_METHODS.format(count=len(differences))] if differences else [_METHODS.split(" Differences")[0]]
+    if lost:
+        found.append(
+            f"{len(lost)} of {len(table)} runs have no {_NAMES[metric]}: their scores are not finite (training "
+            "diverged), or the test set lacks a class. They are left out of means; 'seeds' counts what is left."
+        )
+    found += list(notes)
+    return section("Notes", f"<ul>{''.join(f'<li>{escape(note)}</li>' for note in found)}</ul>")
+
+
+def _cost_section(table) -> str:
+    chunks = {}
+    for row in table:  # the rows of a chunk repeat its figures
+        chunks[tuple(row[name] for name in TIMINGS)] = row
+    seconds = sum(row["chunk_seconds"] for row in chunks.values())
+    compiling = sum(row["chunk_compile_seconds"] for row in chunks.values())
+    rows = [
+        ["runs", str(len(table))],
+        ["computed in", f"{len(chunks)} chunk{'' if len(chunks) == 1 else 's'}"],
+        ["training, scoring, measuring", duration(seconds)],
+        ["compiling", duration(compiling)],
+        ["for each run", duration((seconds + compiling) / max(len(table), 1))],
+    ]
+    return section("Time", _table([], rows, text_columns=[0]))
+
+
+def _settings_section(title: str, values: Mapping[str, Any]) -> str:
+    rows = [[name, json.dumps(value, ensure_ascii=False)] for name, value in _flat(values)]
+    return f"<section><details><summary>{title}</summary>{_table([], rows, text_columns=[0, 1])}</details></section>"
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    found: list[tuple[str, Any]] = []
+    for name, value in values.items():
+        found += _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else [(f"{prefix}{name}", value)]
+    return found
+
+
+def _table(
+    head: Sequence[str], rows: Sequence[Sequence[str]], *, text_columns: Sequence[int], classes: Sequence[str] = ()
+) -> str:
+    """A table whose columns are numbers, to the right, except for the text columns."""
+
+    def cell(tag: str, place: int, text: str) -> str:
+        kind = "" if place in text_columns else ' class="num"'
+        return f"<{tag}{kind}>{escape(text)}</{tag}>"
+
+    top = "".join(cell("th", i, text) for i, text in enumerate(head))
+    body = ""
+    for number, row in enumerate(rows):
+        kind = f' class="{classes[number]}"' if classes and classes[number] else ""
+        body += f"<tr{kind}>{''.join(cell('td', i, text) for i, text in enumerate(row))}</tr>"
+    return f'<div class="scroll"><table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def _text_axes(cells, axes) -> list[int]:
+    return [place for place in range(len(axes)) if any(isinstance(cell[place], str) for cell in cells)]
+
+
+def _cell_text(cell: Cell, axes: Sequence[str]) -> str:
+    return ", ".join(f"{axis} {label_of(value)}" for axis, value in zip(axes, cell, strict=True))
+
+
+def _number(value: float) -> str:
+    return f"{value:.4f}" if math.isfinite(value) else "–"
+
+
+def _interval(summary: Summary) -> list[str]:
+    return [_span(summary, signed=False)]
+
+
+def _span(summary: Summary, *, signed: bool = True) -> str:
+    if not math.isfinite(summary.half):
+        return "–"
+    form = "+.4f" if signed else ".4f"
+    return f"{summary.mean - summary.half:{form}} to {summary.mean + summary.half:{form}}"
+
+
+def _with_interval(summary: Summary) -> str:
+    if not math.isfinite(summary.mean):
+        return "–"
+    return f"{summary.mean:.4f}" + (f" ± {summary.half:.4f}" if math.isfinite(summary.half) else "")
+
+
+def _p(value: float) -> str:
+    return "–" if not math.isfinite(value) else "< 0.001" if value < 0.001 else f"{value:.3f}"
