@@ -1,4 +1,4 @@
-"""What all benchmarks share: timing up to the last result, facts about the machine, JSON."""
+"""For benchmarks that are no race, and so have no use for the harness (jaxad.bench): a stopwatch, the machine, JSON."""
 
 import json
 import pathlib
@@ -47,3 +47,24 @@ def write(path, result):
     """Writes a result as JSON."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def race(cases, *, settings, rounds, out):
+    """Measures cases with the harness, prints their tables and ratios, and writes the record if `out` names a file."""
+    from jaxad import files
+    from jaxad.bench import race as racing
+    from jaxad.bench import report
+    from jaxad.console import Console
+
+    console = Console()
+
+    def say(record):
+        console.table(report.rows(record))
+        for line in report.ratio_lines(record):
+            console.say(line)
+
+    effort = racing.Effort(rounds=rounds, least_rounds=min(rounds, racing.Effort().least_rounds))
+    records, ceilings = report.run_all(cases, effort=effort, say=say)
+    if out:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        files.write_json(out, report.record_of(records, {**settings, "rounds": rounds}, ceilings))
