@@ -129,6 +129,12 @@ def is_out_of_memory(error: BaseException) -> bool:
     return "RESOURCE_EXHAUSTED" in text or "out of memory" in text.lower()
 
 
+def _mean(values: np.ndarray) -> float:
+    """Of the finite values; NaN without any."""
+    finite = values[np.isfinite(values)]
+    return float(finite.mean()) if len(finite) else math.nan
+
+
 def _up(number: int, multiple: int) -> int:
     return -(-number // multiple) * multiple
 
@@ -138,7 +144,7 @@ class _Work:
 
     def __init__(self, method: Method, group: Group, library: Library, limits: Limits, console: Console):
         self.method, self.group, self.limits, self.console = method, group, limits, console
-        mesh = limits.mesh or default_mesh(len(group.members))
+        mesh = limits.mesh or default_mesh(min(len(group.members), limits.members or len(group.members)))
         self.mesh, self.devices = mesh, 1 if mesh is None else mesh.shape["run"]
         self.mode = limits.mode or train.default_mode()
         self.place_batch = shard.over_data(mesh) if mesh is not None and mesh.shape["data"] > 1 else train.unplaced
@@ -158,7 +164,6 @@ class _Work:
     def forget(self) -> None:
         """Drops all programs, and with them what they hold on to."""
         self.programs.clear()
-        jax.clear_caches()
 
     def compute(self, members: list[Member], count: int) -> list[dict[str, Any]]:
         """Rows of the results of members, computed `count` at a time: the last ones are repeated to fill up."""
@@ -168,9 +173,8 @@ class _Work:
         began, compiled_before = time.perf_counter(), programs.seconds
 
         def show(name: str, step: int, steps: int, values: dict) -> None:
-            if name != "init":
-                title = f"group {self.group.number + 1}, {len(members)} members: {name}"
-                self.console.progress(title, step, steps, {k: float(np.nanmean(v)) for k, v in values.items()})
+            title = f"group {self.group.number + 1}, {len(members)} members: {name}"
+            self.console.progress(title, step, steps, {k: _mean(v[: len(members)]) for k, v in values.items()})
 
         outcome = run_pieces(
             keys,
@@ -239,21 +243,29 @@ class _Work:
         """How many members to compute at a time: as many as fit, evenly spread over chunks."""
         total, most = len(self.group.members), self.limits.members or len(self.group.members)
         budget = self.limits.budget or free_bytes(self.mesh)
-        size = _up(min(total, most), self.devices)
+        size = self._even(min(total, most))
         need = self._need(size)
         while budget is not None and need > budget and size > self.devices:
             shared = self._shared_bytes()
-            fitting = int(size * max(budget - shared, 0) / max(need - shared, 1))
-            size = max(self.devices, min(_up(fitting, self.devices), size - self.devices))
-            self.programs.pop(size, None)
+            fitting = size * max(budget - shared, 0) // max(need - shared, 1)
+            self.programs.pop(size)
+            size = self._even(max(self.devices, min(fitting, size - self.devices)))
             need = self._need(size)
         chunks = -(-total // size)
-        size = _up(-(-total // chunks), self.devices)
         where = f" on each of {self.devices} devices" if self.devices > 1 else ""
         free = f" of {_gib(budget)}" if budget is not None else ""
         many = "at once" if chunks == 1 else f"in {chunks} chunks of {size}"
-        self.console.say(f"group {self.group.number + 1}: {total} members {many}: {_gib(need)}{free}{where}")
+        compiled = f"compiled in {self._programs(size).seconds:.1f} s"
+        self.console.say(
+            f"group {self.group.number + 1}: {total} members {many}: {_gib(need)}{free}{where}; {compiled}"
+        )
         return size
+
+    def _even(self, most: int) -> int:
+        """At most `most` members at a time, or one on each device, in chunks of about the same size."""
+        total, devices = len(self.group.members), self.devices
+        largest = max(most // devices * devices, devices)
+        return _up(-(-total // -(-total // largest)), devices)
 
     def _shared_bytes(self) -> int:
         arrays = [self.stack.truth, *(shared.columns for shared in self.stack.sources.values())]

@@ -115,12 +115,17 @@ def run_pieces(
     """
     last: dict[str, dict[str, np.ndarray]] = {}
     run = train.drive(method, keys, cfg, _training(data), mode=mode, place=place, programs=programs)
+    phases = method.phases(cfg)
     for progress in run:
         state = progress.state
         if progress.metrics:
             last[progress.name] = {name: values[-1] for name, values in progress.metrics.items()}
-        step = progress.position.step or progress.steps
-        show(progress.name, step, progress.steps, last.get(progress.name, {}))
+        if progress.name != "init":
+            step = progress.position.step or progress.steps
+            show(progress.name, step, progress.steps, last.get(progress.name, {}))
+        if progress.position.step == 0 and progress.position.phase < len(phases):
+            phase = phases[progress.position.phase]
+            show(phase.name, 0, train.num_steps(phase, len(one_of(data[phase.source]))), {})
     calibration = {} if ask.places is None else _calibrate(state, data["holdout"], ask, method, programs, batch_size)
     held = jax.device_get(calibration)  # before its median is given away as the centre of the histogram
     if "test" not in data:

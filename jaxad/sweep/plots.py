@@ -27,7 +27,7 @@ def draw_cells(
     for line, cell in enumerate(reversed(cells)):
         summary = summaries[cell]
         seeds = [value for value in points[cell] if math.isfinite(value)]
-        axes.scatter(seeds, [line] * len(seeds), s=12, c=plots._MUTED, alpha=0.55, linewidths=0)
+        axes.scatter(seeds, [line - 0.24] * len(seeds), s=16, c=plots._MUTED, alpha=0.7, linewidths=0)
         if math.isfinite(summary.half):
             axes.plot(
                 [summary.mean - summary.half, summary.mean + summary.half],
@@ -87,7 +87,7 @@ def draw_heat(pair: tuple[str, str], means: Mapping[tuple, float], metric: str) 
         f"{metric}, mean over the rest",
         plots._plain(pair[1]),
         plots._plain(pair[0]),
-        size=(1.6 + 0.85 * len(across), 1.1 + 0.45 * len(up)),
+        size=(max(4.2, 1.6 + 0.85 * len(across)), 1.1 + 0.4 * len(up)),
     )
     for row, first in enumerate(reversed(up)):
         for column, second in enumerate(across):

@@ -22,7 +22,7 @@ _STYLE = (
     STYLE
     + """
 th.num, td.num { text-align: right; white-space: nowrap; } .wide .plot svg { max-width: 760px; }
-tr.best td { font-weight: 600; } td.num + td:not(.num), td:not(.num) { text-align: left; }
+tr.best td { font-weight: 600; } .narrow table { width: auto; }
 """
 )
 _NAMES = {
@@ -113,7 +113,7 @@ def _lead(cells, summaries, differences: list[Difference], axes, name: str) -> s
     text += f" with {_cell_text(best, axes)}." if axes else "."
     found = next((d for d in differences if d.cell == best), None)
     if found is not None:
-        change = f"{found.summary.mean:+.4f} against the base cell"
+        change = f"{_signed(found.summary.mean)} against the base cell"
         if not math.isfinite(found.p_holm):
             text += f" That is {change}; too few seeds to test."
         else:
@@ -135,7 +135,7 @@ def _cells_section(cells, summaries, differences, axes, base, name: str) -> str:
             row += (
                 ["base", "", "", ""]
                 if other is None
-                else [f"{other.summary.mean:+.4f}", _span(other.summary), _p(other.p), _p(other.p_holm)]
+                else [_signed(other.summary.mean), _span(other.summary), _p(other.p), _p(other.p_holm)]
             )
         rows.append(row)
         classes.append("best" if cell == best and len(cells) > 1 else "")
@@ -224,7 +224,7 @@ def _cost_section(table) -> str:
         ["compiling", duration(compiling)],
         ["for each run", duration((seconds + compiling) / max(len(table), 1))],
     ]
-    return section("Time", _table([], rows, text_columns=[0]))
+    return section("Time", f'<div class="narrow">{_table([], rows, text_columns=[0])}</div>')
 
 
 def _settings_section(title: str, values: Mapping[str, Any]) -> str:
@@ -275,8 +275,12 @@ def _interval(summary: Summary) -> list[str]:
 def _span(summary: Summary, *, signed: bool = True) -> str:
     if not math.isfinite(summary.half):
         return "–"
-    form = "+.4f" if signed else ".4f"
-    return f"{summary.mean - summary.half:{form}} to {summary.mean + summary.half:{form}}"
+    low, high = summary.mean - summary.half, summary.mean + summary.half
+    return f"{_signed(low)} to {_signed(high)}" if signed else f"{low:.4f} to {high:.4f}"
+
+
+def _signed(value: float) -> str:
+    return f"{value:+.4f}".replace("-", "−")
 
 
 def _with_interval(summary: Summary) -> str:
