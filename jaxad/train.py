@@ -310,7 +310,9 @@ def _loop(phase, key, state, source, first, steps, chunk, patience, place, progr
     batches = iter(source.batches(key, phase, first)) if isinstance(source, Feed) else None
     run, logs, began = None, [], time.monotonic()
     for t in range(first, steps):
-        data = source if batches is None else jax.device_put(next(batches))
+        data = source if batches is None else next(batches)
+        if isinstance(data, Batch) and not isinstance(data.image, jax.Array):  # else the feed has put it on a mesh
+            data = jax.device_put(data)
         run = run or step_program(phase, key, state, data, programs=programs, place=place)
         state, metrics = run(state, key, data, np.int32(t))
         logs.append(metrics)
