@@ -21,7 +21,7 @@ def test_set_up_and_tests_are_the_first_two_commands():
     assert COMMANDS[0] == 'pip install -e ".[test]" && jaxad demo --out runs/demo'
     assert COMMANDS[1] == "pytest"
     script = (README.parent / ".ci" / "run").read_text()
-    assert "pip install" in script and '-e ".[test]"' in script and "pytest" in script
+    assert "pip install" in script and '-e ".[test' in script and "pytest" in script
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +73,7 @@ def test_the_commands_run_in_order(place):
         run(shlex.split(command), place)
     assert (place / "runs" / "bottle-eval" / "report.html").exists()
     assert (place / "runs" / "scores.csv").read_text().count("\n") == 14  # a header and 13 pictures
-    assert len(list((place / "runs" / "maps").iterdir())) == 13
+    assert len(list((place / "runs" / "maps").rglob("*.png"))) == 13
 
 
 @pytest.mark.slow

@@ -287,4 +287,4 @@ def test_memory_beats_the_same_network_without_it_and_both_beat_no_training(digi
 def test_queries_that_address_nothing_become_rare(digits):
     log = train_seeds(digits[0], shrink_threshold=2 / 30)[1]["train"]
     empty = np.asarray(log["frac_empty"])
-    assert (empty[:, :5].mean(axis=1) > 0.03).all() and (empty[:, -20:].mean(axis=1) < 0.01).all()
+    assert (empty[:, 0] > 0.03).all() and (empty[:, -20:].mean(axis=1) < 0.01).all()
