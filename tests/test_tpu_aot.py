@@ -155,6 +155,20 @@ def test_blocks_grow_with_the_devices_that_share_the_rows():
     assert turns(2**16, 1) != turns(2**16, 4)
 
 
+def test_kernels_refuse_rows_that_tpus_share(monkeypatch):
+    shapes = jax.ShapeDtypeStruct((64, 8), jnp.float32), jax.ShapeDtypeStruct((16, 8), jnp.float32)
+
+    def trace():
+        jax.eval_shape(lambda q, m: read_memory(q, m, threshold=0.1, impl="pallas").value, *shapes)
+
+    with rows_over(4):
+        trace()  # interpreted on CPU, where XLA splits them like anything else
+        monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+        with pytest.raises(ValueError, match="for one device.*; got queries split over 4.*Pass impl='fused'"):
+            trace()
+    trace()
+
+
 def test_steps_and_scores_tell_ops_how_many_devices_share_a_batch():
     seen, mesh = [], shard.make_mesh(data=4)
     source = Source(image=jnp.zeros((8, 4, 4, 1), jnp.uint8), label=jnp.zeros(8, jnp.int32))

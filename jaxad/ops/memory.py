@@ -81,7 +81,8 @@ def read_memory(
       A `Read`.
 
     Raises:
-      ValueError: shapes that do not fit, an unknown option, a Python number out of its range, or "pallas" on a GPU.
+      ValueError: shapes that do not fit, an unknown option, a Python number out of its range, or "pallas" on a GPU or
+        over several TPUs.
     """
     queries, memory = jnp.asarray(queries), jnp.asarray(memory)
     _check(queries, memory, threshold, similarity, temperature, empty_policy)
@@ -89,6 +90,11 @@ def read_memory(
         raise ValueError(f"impl={impl!r} is unknown; expected 'fused', 'naive' or 'pallas'. Pass impl='fused'.")
     if impl == "pallas" and jax.default_backend() == "gpu":
         raise ValueError("impl='pallas' has kernels for TPU only; got the GPU backend. Pass impl='fused'.")
+    if impl == "pallas" and jax.default_backend() == "tpu" and devices_of_rows() > 1:
+        raise ValueError(
+            "impl='pallas' has kernels for one device, which XLA cannot split; got queries split over "
+            f"{devices_of_rows()}. Pass impl='fused'."
+        )
     if block_rows is not None and block_rows < 1:
         raise ValueError(f"block_rows={block_rows} is not positive; expected None or at least 1. Leave it out.")
     scaled, tables = _factors(queries, memory, similarity, temperature)
