@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import functools
 import os
 import pathlib
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -96,7 +99,9 @@ class PeakMemory:
 
 
 def _reset_peak() -> bool:
-    """Linux forgets the largest resident set of this process when told so."""
+    """Linux forgets the largest resident set of this process when told so. Freed memory is given back first."""
+    with contextlib.suppress(OSError, AttributeError):  # glibc's; what another one keeps hides a part of the growth
+        ctypes.CDLL(None).malloc_trim(0)
     try:
         pathlib.Path("/proc/self/clear_refs").write_text("5")
     except OSError:
@@ -113,13 +118,32 @@ def _status(field: str) -> int:
 
 
 def environment() -> dict[str, Any]:
-    """Versions, device and commit of a record; torch's where it is loaded."""
+    """Versions, device and commit of a record; torch's and scikit-learn's versions where they are loaded."""
     from jaxad import files
 
     facts = files.environment()
+    facts["command"] = ["/".join(pathlib.Path(sys.argv[0]).parts[-2:]), *sys.argv[1:]]  # no folders of this machine
+    facts["commit_modified"] = _is_modified()
     facts["backend"] = jax.default_backend()
     facts["threads"] = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    torch = sys.modules.get("torch")
-    if torch is not None:
-        facts["versions"]["torch"] = torch.__version__
+    for name in ("torch", "sklearn", "scipy"):
+        if name in sys.modules:
+            facts["versions"][name] = sys.modules[name].__version__
     return facts
+
+
+def _is_modified() -> bool | None:
+    """Whether the package's files differ from those of the commit that the record names; None outside a checkout."""
+    command = [
+        "git",
+        "-C",
+        str(pathlib.Path(__file__).parents[1]),
+        "status",
+        "--porcelain",
+        "--untracked-files=no",
+        ".",
+    ]
+    try:
+        return bool(subprocess.run(command, capture_output=True, timeout=5, check=True).stdout)
+    except (OSError, subprocess.SubprocessError):
+        return None
