@@ -135,11 +135,11 @@ def test_the_command_needs_only_what_a_gpu_machine_has(tmp_path):
     """`gpu.sh` itself, with the packages that are missing there made unimportable: one real piece at toy size."""
     missing = ["tensorflow_datasets", "tensorflow", "tyro", "array_record", "grain", "ray", "libtpu"]
     (tmp_path / "sitecustomize.py").write_text(
-        "import sys\n"
-        "class Refuse:\n"
-        "    def find_spec(self, name, path=None, target=None):\n"
-        f"        if name.split('.')[0] in {missing!r}: raise ModuleNotFoundError(name)\n"
-        "sys.meta_path.insert(0, Refuse())\n"
+        "from importlib.machinery import PathFinder\n"
+        "found = PathFinder.find_spec\n"
+        "def find(cls, name, path=None, target=None):\n"
+        f"    return None if name.split('.')[0] in {missing!r} else found(name, path, target)\n"
+        "PathFinder.find_spec = classmethod(find)\n"
     )
     out = tmp_path / "out"
     environment = {**os.environ, "PYTHONPATH": str(tmp_path), "OUT": str(out), "PYTHON": sys.executable}
