@@ -21,6 +21,7 @@ import json
 import os
 import sys
 import threading
+import time
 import traceback
 import warnings
 from collections.abc import Iterator, Sequence
@@ -32,14 +33,15 @@ if TYPE_CHECKING:
 _FAILED = "jaxad/failed"  # the key under which a process says why it ends
 _POLL = 1.0  # seconds between looks at it
 _FOREVER = 10 * 24 * 3600 * 1000  # milliseconds
+_ending = threading.Lock()  # taken by the thread that ends this process, and never given back: one message is enough
 
 
 @dataclasses.dataclass(frozen=True)
 class Cluster:
     """Several processes as one run; on TPU pods, Slurm, Kubernetes and Open MPI nothing need be given."""
 
-    coordinator: str | None = None  # HOST:PORT at which the first process can be reached
-    processes: int | None = None  # how many there are; 1 keeps this one to itself
+    coordinator: str | None = None  # of a run on several machines: HOST:PORT of its first process
+    processes: int | None = None  # that run this command; 1 keeps this one to itself, whatever a cluster says
     process: int | None = None  # which of them this is, from 0
 
 
@@ -212,12 +214,22 @@ def _end(error: BaseException, watch: _Watch) -> NoReturn:
     """Says what happened, here and to the others, and ends the process: its exit would wait for the others."""
     expected = isinstance(error, ValueError | OSError | KeyboardInterrupt) and not os.environ.get("JAXAD_DEBUG")
     text = " ".join(str(error).split()) or type(error).__name__
-    watch.tell(text)
+    _ending.acquire()
+    if told := watch.look():  # what failed here is that another has gone
+        _say_and_exit(told)
     if expected:
         print(f"jaxad: {text}", file=sys.stderr)
     else:
         traceback.print_exception(error)
+    watch.tell(text)
     _exit(130 if isinstance(error, KeyboardInterrupt) else 2 if expected else 1)
+
+
+def _say_and_exit(told: str) -> NoReturn:
+    print(f"jaxad: process {told}", file=sys.stderr)
+    if is_first():  # it serves the runtime, without which the others abort: it goes last
+        time.sleep(3 * _POLL)
+    _exit(2)
 
 
 def _exit(status: int) -> NoReturn:
@@ -234,26 +246,28 @@ class _Watch:
 
         self._client: Any = distributed.global_state.client
         self._left = threading.Event()
-        self._thread = threading.Thread(target=self._look, daemon=True)
+        self._thread = threading.Thread(target=self._keep_looking, daemon=True)
         self._thread.start()
 
-    def _look(self) -> None:
+    def _keep_looking(self) -> None:
         while not self._left.wait(_POLL):
-            try:
-                told = self._client.key_value_try_get(_FAILED)
-            except Exception:  # noqa: BLE001, S112 - not there (the usual case); a lost runtime ends the process itself
-                continue
-            if not self._left.is_set():
-                print(f"jaxad: process {told}", file=sys.stderr)
-                _exit(2)
+            told = self.look()
+            if told and not self._left.is_set():
+                _ending.acquire()
+                _say_and_exit(told)
+
+    def look(self) -> str | None:
+        """Which process has ended and why, if any has said so."""
+        with contextlib.suppress(Exception):  # nothing there; a lost runtime ends the process itself
+            return self._client.key_value_try_get(_FAILED)
+        return None
 
     def tell(self, text: str) -> None:
-        """Ends the others with a message. The first process serves it, so it stays until they have seen it."""
+        """Ends the others with a message, and stays until they have had time to read it."""
         self._left.set()
         with contextlib.suppress(Exception):  # another was first, or nobody is left to tell
             self._client.key_value_set(_FAILED, f"{index()} ended: {text}")
-        if is_first():
-            threading.Event().wait(2 * _POLL)
+        time.sleep((3 if is_first() else 2) * _POLL)
 
     def leave(self) -> None:
         """Waits for the others, still listening, and disconnects."""

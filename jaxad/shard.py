@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxad.core import Batch, Phase
 
@@ -81,7 +81,9 @@ class _OverData:
     def __call__(self, batch: Batch) -> Batch:
         if batch.label.shape[0] % self.devices:
             return batch
-        return jax.tree.map(lambda leaf: jax.lax.with_sharding_constraint(leaf, split(self.mesh)), batch)
+        around = jax.sharding.get_abstract_mesh()  # not empty among the members of a sweep, where "run" is manual
+        where = split(self.mesh if around.empty else around)
+        return jax.tree.map(lambda leaf: jax.lax.with_sharding_constraint(leaf, where), batch)
 
 
 def check_batches(phases: Sequence[Phase], mesh: Mesh) -> None:
@@ -105,7 +107,18 @@ def check_batches(phases: Sequence[Phase], mesh: Mesh) -> None:
             )
 
 
-def split(mesh: Mesh) -> NamedSharding:
+def batch_sharding(mesh: Mesh, batch_size: int) -> NamedSharding:
+    """How a batch of this size lies on the mesh: split over "data", or whole where that does not divide it."""
+    return replicated(mesh) if batch_size % mesh.shape["data"] else split(mesh)
+
+
+def local_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
+    """The rows of a batch that the devices of this process hold, ascending."""
+    where = batch_sharding(mesh, batch_size).addressable_devices_indices_map((batch_size,))
+    return np.unique(np.concatenate([np.arange(batch_size)[rows] for rows in where.values()]))
+
+
+def split(mesh: Mesh | AbstractMesh) -> NamedSharding:
     """The leading axis over "data"."""
     return NamedSharding(mesh, PartitionSpec("data"))
 

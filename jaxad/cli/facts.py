@@ -13,22 +13,27 @@ from jaxad.cli.app import Flag, app
 
 @app.command(name="info")
 def info(*, env: Flag = False) -> None:
-    """Show version, device and caches.
+    """Show version, device, caches, and the processes where a cluster runs several of this command.
 
     Args:
       env: all that a run records of its environment, as JSON.
     """
     import json
 
-    from jaxad import files
+    from jaxad import distributed, files
 
-    facts = files.environment()
-    if env:
-        print(json.dumps(facts, indent=2))
-        return
-    versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
-    print(f"{versions}\nPython {facts['python']}, {facts['platform']}")
-    print(f"device: {facts['device']} x {facts['devices']}\ncache: {cache.folder('xla') or 'off'}")
+    with distributed.session() as several:
+        facts = files.environment()
+        if not distributed.is_first():
+            return
+        if env:
+            print(json.dumps(facts, indent=2))
+            return
+        versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
+        print(f"{versions}\nPython {facts['python']}, {facts['platform']}")
+        print(f"device: {facts['device']} x {facts['devices']}\ncache: {cache.folder('xla') or 'off'}")
+        if several:
+            print(f"processes: {facts['processes']}")
 
 
 @app.command(name="data")

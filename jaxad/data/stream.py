@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,8 @@ from jaxad.data.dataset import DataError
 from jaxad.data.records import ROLES, Plan
 
 if TYPE_CHECKING:
+    from jax.sharding import Mesh
+
     from jaxad.train import Feed
 
 
@@ -30,6 +33,7 @@ def feeds(
     target: int = 0,
     seed: int = 0,
     threads: int | None = None,
+    mesh: Mesh | None = None,
 ) -> dict[str, Feed]:
     """Opens a data set for `jaxad.train.fit_stream`; pictures are read while training runs and never kept.
 
@@ -40,6 +44,7 @@ def feeds(
       where, image_size, layout, channels, normal_class, holdout, clip, clip_stride, target, seed: as for
         `jaxad.data.load`; of names only "tfds:NAME".
       threads: that read ahead, a batch each; None: one a core, at most 8.
+      mesh: devices over which `fit_stream` splits batches; each process reads the rows of its own devices only.
 
     Returns:
       A Feed for each source.
@@ -63,7 +68,7 @@ def feeds(
     roles, _ = split.roles(plan.records, holdout=holdout, seed=seed, clip=clip or 1, origin=origin)
     threads = threads or min(8, os.cpu_count() or 1)
     samples = {role: _Samples(plan, [i for i, r in enumerate(roles) if r == role], settings) for role in ROLES}
-    return {role: _feed(reader, threads) for role, reader in samples.items() if len(reader)}
+    return {role: _feed(reader, threads, mesh) for role, reader in samples.items() if len(reader)}
 
 
 class _Samples:
@@ -101,24 +106,42 @@ class _Samples:
         return image, label, decode.shrink_mask(marked, self._settings.size)
 
 
-def _feed(samples: _Samples, threads: int) -> Feed:
+def _feed(samples: _Samples, threads: int, mesh: Mesh | None) -> Feed:
     from jaxad.train import Feed
 
     def batches(key: Any, phase: Any, first: int) -> Iterator:
-        return iter(_batches(samples, threads, key, phase, first))
+        batches = iter(_batches(samples, threads, key, phase, first, mesh))
+        return batches if mesh is None else map(functools.partial(_on_mesh, mesh, phase.batch_size), batches)
 
     return Feed(sample_shape=samples.shape, size=len(samples), batches=batches)
 
 
-def _batches(samples: _Samples, threads: int, key: Any, phase: Any, first: int):
-    """A Grain data set of the batches from step `first` on."""
+def _on_mesh(mesh: Mesh, batch_size: int, batch: Any) -> Any:
+    """A batch split over the mesh, of which this process has its own rows."""
     import jax
 
+    from jaxad import shard
+
+    where = shard.batch_sharding(mesh, batch_size)
+    return jax.tree.map(
+        lambda rows: jax.make_array_from_process_local_data(where, rows, (batch_size, *rows.shape[1:])), batch
+    )
+
+
+def _batches(samples: _Samples, threads: int, key: Any, phase: Any, first: int, mesh: Mesh | None):
+    """A Grain data set of the batches from step `first` on; with a mesh, of this process's rows of them."""
+    import jax
+
+    from jaxad import shard
     from jaxad.core import Batch
     from jaxad.train import batch_rows, num_steps
 
     size = len(samples)
-    rows_at = jax.jit(lambda step: batch_rows(key, phase, step, size=size))
+    # several processes compute it each for itself: data of one device, whatever the key lies on
+    words: Any = np.asarray(jax.random.key_data(key))
+    key = jax.random.wrap_key_data(words, impl=jax.random.key_impl(key))
+    mine = slice(None) if mesh is None else shard.local_rows(mesh, phase.batch_size)
+    rows_at = jax.jit(lambda step: tuple(part[mine] for part in batch_rows(key, phase, step, size=size)))
 
     def read(step: int) -> Batch:
         index, valid = (np.asarray(array) for array in rows_at(np.int32(step)))

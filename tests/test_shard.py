@@ -1,0 +1,149 @@
+"""One device or eight: the same detector, an eighth of the work for each, and nothing sent but sums of gradients."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import toy
+from jax.sharding import PartitionSpec
+
+from jaxad import methods, runs, shard
+from jaxad.core import Phase
+from jaxad.data.arrays import from_arrays
+
+BYTES = 4  # of a float32
+
+
+@pytest.fixture(scope="module")
+def eight():
+    """What `many_devices.py` finds on eight virtual devices."""
+    flags = "--xla_force_host_platform_device_count=8 --xla_cpu_collective_call_terminate_timeout_seconds=300"
+    script = pathlib.Path(__file__).with_name("many_devices.py")
+    command = ["timeout", "-k", "5", "300", sys.executable, str(script)]
+    done = subprocess.run(command, env={**os.environ, "XLA_FLAGS": flags}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    facts = json.loads(done.stdout.splitlines()[-1])
+    assert facts["devices"] == 8
+    return facts
+
+
+@pytest.mark.parametrize("mode", ["loop", "chunks"])
+def test_eight_devices_train_what_one_trains(eight, mode):
+    """Sums over eight parts round differently, and where a gradient is zero but for rounding Adam takes whole steps.
+
+    Ten of them at 1e-4 move such a weight by at most 1e-3, and a pixel by less; it hardly shows in a whole picture.
+    """
+    assert eight["held_by"] == 8 and eight["spread"] > 1e-2 and eight["learned"] > 1e-3
+    image, pixel = eight[mode]
+    assert image < 1e-5 and pixel < 5e-4
+
+
+@pytest.mark.parametrize("name", ["tiny", "cpu"])
+def test_each_device_does_an_eighth_of_the_work(eight, name):
+    one, many = eight[name]["flops"]
+    assert one / many == pytest.approx(8, rel=0.02)  # the update of the parameters is done on every device
+
+
+@pytest.mark.parametrize("name", ["tiny", "cpu"])
+def test_a_training_step_sends_only_sums_of_gradients_and_statistics(eight, name):
+    alone, many = eight[name]["collectives"]
+    assert alone == {} and list(many) == ["all-reduce"]
+    # A transposed kernel's gradient is summed in its sub-pixel form, 16/9 of its size, the memory's as keys and as
+    # items; a batch normalisation sums twice its statistics forward and twice backward. Then come counts and losses.
+    limit = BYTES * (2 * eight[name]["parameters"] + 2 * eight[name]["statistics"]) + 4096
+    assert BYTES * eight[name]["parameters"] < many["all-reduce"][1] < limit
+
+
+# --- meshes ---------------------------------------------------------------------------------------------------------
+
+
+def compiled(function, *specs):
+    mesh = shard.make_mesh(run=2, data=2)
+    shapes = [
+        jax.ShapeDtypeStruct((8, 16), jnp.float32, sharding=jax.sharding.NamedSharding(mesh, spec)) for spec in specs
+    ]
+    return jax.jit(function, out_shardings=shard.replicated(mesh)).lower(*shapes).compile()
+
+
+def test_collectives_are_counted_with_their_bytes():
+    data, run = PartitionSpec("data"), PartitionSpec(None, "run")
+    assert shard.collectives(compiled(lambda x: x + 1, PartitionSpec())) == {}
+    assert shard.collectives(compiled(lambda x: x.sum(0), data)) == {"all-reduce": (1, 16 * 4)}
+    assert shard.collectives(compiled(lambda x: x * 2, data)) == {"all-gather": (1, 8 * 16 * 4)}
+    found = shard.collectives(compiled(lambda x, y: (x.sum(0), y.sum(1, dtype=jnp.bfloat16)), data, run))
+    assert found["all-reduce"][1] in (16 * 4 + 8 * 2, 16 * 4 + 8 * 4)  # the CPU adds bfloat16 in float32
+
+
+class Text:
+    """A program in the words of the TPU compiler."""
+
+    def as_text(self):
+        return """
+  %all-gather-start.1 = (bf16[2,128]{1,0:T(8,128)(2,1)}, bf16[8,128]{1,0:T(8,128)(2,1)S(1)}) all-gather-start(%x)
+  %all-gather-done.1 = bf16[8,128]{1,0:T(8,128)(2,1)S(1)} all-gather-done(%all-gather-start.1)
+  ROOT %r = (f32[3]{0}, pred[], /*index=2*/s32[2,2]{1,0}) all-reduce(%all-reduce.2, %b), channel_id=3
+  %fusion = f32[3]{0} fusion(%all-reduce.3), kind=kLoop, calls=%all-to-all_fusion
+"""
+
+
+def test_asynchronous_collectives_count_once():
+    assert shard.collectives(Text()) == {"all-gather": (1, 8 * 128 * 2), "all-reduce": (1, 12 + 1 + 16)}
+
+
+@pytest.mark.parametrize(
+    ("text", "sizes"), [("data=4", (1, 4)), ("data=2,run=2", (2, 2)), (" run = 3 ", (3, 1)), ("data=1", (1, 1))]
+)
+def test_a_mesh_is_described_in_words(text, sizes):
+    assert tuple(shard.parse_mesh(text).values()) == sizes
+
+
+@pytest.mark.parametrize("text", ["", "data", "data=", "data=0", "data=-1", "data=x", "batch=2", "data=2;run=2"])
+def test_other_words_are_refused(text):
+    with pytest.raises(ValueError, match=r"--mesh .*; expected axes .* such as data=4,run=2"):
+        shard.parse_mesh(text)
+
+
+def test_a_mesh_that_does_not_fit_is_refused_before_work(monkeypatch):
+    monkeypatch.setitem(methods.METHODS, "toy", "toy")
+    phases = (Phase("a", toy.train_step, batch_size=12), Phase("b", toy.train_step, batch_size=8))
+    shard.check_batches(phases, shard.make_mesh(data=4))
+    with pytest.raises(
+        ValueError, match=r"data=3: phase 'b' has batches of 8, .* expected a divisor. Pass --mesh data=2"
+    ):
+        shard.check_batches(phases, shard.make_mesh(data=3))
+    with pytest.raises(
+        ValueError, match=r"run=2 spreads the members of a sweep; expected data only.* Pass --mesh data=4"
+    ):
+        shard.check_batches(phases, shard.make_mesh(run=2, data=2))
+    for mesh in ("data=3", "run=2", "data=9"):
+        with pytest.raises(ValueError, match=r"mesh .* expected .* Pass --mesh data="):
+            runs.fit_detector("toy", "no/such/data", mesh=mesh)
+
+
+def test_a_detector_trained_on_a_mesh_is_the_same(monkeypatch, tmp_path):
+    """The toy method's sums are of the same numbers in another order; its steps do not enlarge the difference."""
+    monkeypatch.setitem(methods.METHODS, "toy", "toy")
+    pictures = np.random.default_rng(0).integers(0, 255, (30, 8, 8, 3), np.uint8)
+    data = from_arrays(pictures, test=pictures[:5], test_label=[0, 0, 0, 1, 1], holdout=0.3)
+    mesh = shard.make_mesh(data=4)
+    one, many = (runs.fit_detector("toy", data, steps=20, mesh=given) for given in (None, mesh))
+    assert shard.mesh_of(one.state) is None and shard.mesh_of(many.state) == mesh
+    np.testing.assert_allclose(one.calibration, many.calibration, rtol=1e-5)
+    for a, b in zip(one.score(pictures[:7]), many.score(pictures[:7]), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5)
+    runs.fit_detector("toy", data, steps=20, mesh="data=4", out=tmp_path / "run")  # saved by four, read by one
+    loaded = runs.load_detector(tmp_path / "run")
+    assert shard.mesh_of(loaded.state) is None
+    np.testing.assert_array_equal(
+        loaded.score(pictures[:7]).map, one._replace(state=loaded.state).score(pictures[:7]).map
+    )
+    for a, b in zip(jax.tree.leaves(loaded.state), jax.tree.leaves(many.state), strict=True):
+        np.testing.assert_array_equal(a, b)
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert (report["devices"], report["processes"]) == (4, 1)
