@@ -6,7 +6,7 @@ from __future__ import annotations
 import os
 import sys
 
-from jaxad import cache
+from jaxad import allocator, cache
 from jaxad.cli import run, sweep, bench, facts  # noqa: F401 - each registers its verbs, in the order of the help
 from jaxad.cli.app import app
 
@@ -26,6 +26,8 @@ def _use_compile_cache() -> None:
 def main(arguments: list[str] | None = None) -> None:
     """Runs a command; what the user got wrong is one line on standard error and exit status 2."""
     _use_compile_cache()
+    if arguments is None:  # a process of our own
+        allocator.keep_freed_memory()
     try:
         app.cli(prog="jaxad", description="Image anomaly detection in JAX.", args=arguments)
     except BrokenPipeError:  # whoever read our output, such as `head`, has enough
