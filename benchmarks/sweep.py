@@ -1,7 +1,7 @@
 """A sweep of seeds x learning rates against the same runs one after the other, and ways to compute the model axis.
 
     python -m benchmarks.sweep --json benchmarks/results/cpu/sweep.json
-    python -m benchmarks.sweep --parts processes --json benchmarks/results/cpu/sweep_processes.json
+    python -m benchmarks.sweep --parts processes --json benchmarks/results/cpu/sweep.json  (adds to the file)
 
 Parts:
   runs       4 seeds x 4 rates in this process: as a sweep, and with `runs.train_run` called for each, in turn
@@ -16,6 +16,7 @@ Expected on 2 CPU cores with the preset tiny: compute <= 1.1 of the runs one by 
 
 import argparse
 import dataclasses
+import json
 import os
 import pathlib
 import statistics
@@ -26,9 +27,15 @@ import time
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
-from jaxad import cli, members  # noqa: E402
+from jaxad import cache  # noqa: E402
 
-cli._use_compile_cache()  # as every jaxad command does
+if folder := cache.folder("xla"):  # as every jaxad command; jaxad.cli needs more than is installed on some machines
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(folder))
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+
+from jaxad import members  # noqa: E402
+
 members.use_all_cores()
 
 import jax  # noqa: E402
@@ -259,7 +266,7 @@ def main():
     if options.smoke:
         options.steps, options.seeds, options.rounds, options.way_steps = 2, 1, 1, 1
     request, result = request_of(options), {"method": options.method, "preset": options.preset}
-    result |= {"command": sys.argv, "environment": environment(), "devices": jax.device_count()}
+    facts = {"environment": environment(), "devices": jax.device_count()}
     if "runs" in options.parts:
         result["runs"] = race_runs(request, options.rounds)
         print("sweep / one by one:", result["runs"]["ratio_together_to_one_by_one"])
@@ -271,7 +278,9 @@ def main():
         result["processes"] = race_processes(request, 1)
         print("sweep / commands:", result["processes"]["ratio_sweep_to_commands"])
     if options.json:
-        write(options.json, result)
+        before = json.loads(options.json.read_text()) if options.json.exists() else {}
+        measured = {name: {**facts, **part} for name, part in result.items() if isinstance(part, dict)}
+        write(options.json, {**before, **result, **measured})
 
 
 if __name__ == "__main__":
