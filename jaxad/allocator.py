@@ -7,6 +7,7 @@ a training step of MemAE at 128x128, a third of its time (benchmarks/RESULTS.md)
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import sys
@@ -15,6 +16,7 @@ _TRIM_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -4, -8  # M_... of glibc's malloc.h
 _MADV_HUGEPAGE = 14
 _HUGE_PAGE = 2 << 20
 _HEAP = 4 << 30  # bytes of address space, no memory until it is touched
+_is_kept = False
 
 
 def keep_freed_memory() -> None:
@@ -22,6 +24,7 @@ def keep_freed_memory() -> None:
 
     Does nothing where JAXAD_MALLOC=off is set or the C library is another one.
     """
+    global _is_kept
     if os.environ.get("JAXAD_MALLOC") == "off" or not sys.platform.startswith("linux"):
         return
     try:
@@ -30,7 +33,17 @@ def keep_freed_memory() -> None:
             libc.mallopt(parameter, value)
     except (OSError, AttributeError):
         return
+    _is_kept = True
     _ask_for_huge_pages(libc)
+
+
+def give_back() -> None:
+    """Gives the kernel all that is free; what is freed from now on is kept again if it was before."""
+    with contextlib.suppress(OSError, AttributeError):
+        libc = ctypes.CDLL(None)
+        libc.malloc_trim(0)
+        if _is_kept:
+            _ask_for_huge_pages(libc)
 
 
 def _ask_for_huge_pages(libc: ctypes.CDLL) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import functools
 import os
 import pathlib
@@ -16,6 +14,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from jaxad import allocator
 
 _SIZES = {"cpu": (2048, (8, 64, 128), 1 << 26)}  # matrix; pictures, pixels a side, channels; bytes copied
 _ACCELERATOR = (8192, (64, 64, 256), 1 << 30)
@@ -100,8 +100,7 @@ class PeakMemory:
 
 def _reset_peak() -> bool:
     """Linux forgets the largest resident set of this process when told so. Freed memory is given back first."""
-    with contextlib.suppress(OSError, AttributeError):  # glibc's; what another one keeps hides a part of the growth
-        ctypes.CDLL(None).malloc_trim(0)
+    allocator.give_back()  # glibc's; what another one keeps hides a part of the growth
     try:
         pathlib.Path("/proc/self/clear_refs").write_text("5")
     except OSError:
@@ -127,22 +126,15 @@ def environment() -> dict[str, Any]:
     facts["backend"] = jax.default_backend()
     facts["threads"] = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     for name in ("torch", "sklearn", "scipy"):
-        if name in sys.modules:
+        if sys.modules.get(name) is not None:
             facts["versions"][name] = sys.modules[name].__version__
     return facts
 
 
 def _is_modified() -> bool | None:
     """Whether the package's files differ from those of the commit that the record names; None outside a checkout."""
-    command = [
-        "git",
-        "-C",
-        str(pathlib.Path(__file__).parents[1]),
-        "status",
-        "--porcelain",
-        "--untracked-files=no",
-        ".",
-    ]
+    package = str(pathlib.Path(__file__).parents[1])
+    command = ["git", "-C", package, "status", "--porcelain", "--untracked-files=no", "."]
     try:
         return bool(subprocess.run(command, capture_output=True, timeout=5, check=True).stdout)
     except (OSError, subprocess.SubprocessError):
