@@ -1,28 +1,9 @@
-"""For benchmarks that are no race, and so have no use for the harness (jaxad.bench): a stopwatch, the machine, JSON."""
+"""What benchmarks share: `race` for those on the harness (jaxad.bench); turns, facts and JSON for the others."""
 
 import json
 import pathlib
-import platform
-import subprocess
-import time
-
-import jax
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-
-
-def compile_step(step, arguments):
-    """Compiles ahead of time: (the program, seconds it took)."""
-    start = time.perf_counter()
-    compiled = jax.jit(step).lower(*arguments).compile()
-    return compiled, time.perf_counter() - start
-
-
-def timed(compiled, *arguments):
-    """Runs a program to the end: (seconds, result)."""
-    start = time.perf_counter()
-    result = jax.block_until_ready(compiled(*arguments))
-    return time.perf_counter() - start, result
 
 
 def turns(forms, repeat):
@@ -31,16 +12,10 @@ def turns(forms, repeat):
 
 
 def environment():
-    """Versions, device and commit, for the record."""
-    commit = subprocess.run(["git", "-C", ROOT, "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
-    device = jax.devices()[0]
-    return {
-        "jax": jax.__version__,
-        "device": device.device_kind,
-        "platform": device.platform,
-        "machine": platform.machine(),
-        "commit": commit.stdout.strip() or None,
-    }
+    """Versions, device and commit, as in the records of the harness."""
+    from jaxad.bench import machine
+
+    return machine.environment()
 
 
 def write(path, result):
@@ -50,21 +25,8 @@ def write(path, result):
 
 
 def race(cases, *, settings, rounds, out):
-    """Measures cases with the harness, prints their tables and ratios, and writes the record if `out` names a file."""
-    from jaxad import files
-    from jaxad.bench import race as racing
+    """Measures cases with the harness and prints them; writes the record if `out` names a file."""
     from jaxad.bench import report
     from jaxad.console import Console
 
-    console = Console()
-
-    def say(record):
-        console.table(report.rows(record))
-        for line in report.ratio_lines(record):
-            console.say(line)
-
-    effort = racing.Effort(rounds=rounds, least_rounds=min(rounds, racing.Effort().least_rounds))
-    records, ceilings = report.run_all(cases, effort=effort, say=say)
-    if out:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        files.write_json(out, report.record_of(records, {**settings, "rounds": rounds}, ceilings))
+    report.run_all(cases, console=Console(), rounds=rounds, settings=settings, out=out)

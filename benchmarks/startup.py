@@ -1,6 +1,6 @@
 """Time from the command to the first training step, with a cold and with a warm cache of compiled programs.
 
-    python benchmarks/startup.py --data ../shared/data/mvtec/bottle --repeats 5
+    python -m benchmarks.startup --json benchmarks/results/cpu/startup.json
 
 Starts `jaxad train` in processes of their own, with a cache folder of its own, and waits for the first line of
 metrics.jsonl, which a run of one step writes when that step is done. Expected: <= 6 s warm on 2 cores for the MemAE
@@ -16,9 +16,7 @@ import sys
 import tempfile
 import time
 
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
-
-from benchmarks.common import environment, write  # noqa: E402
+from benchmarks.common import environment, write
 
 
 def first_step(arguments, folder, cache):
@@ -28,7 +26,7 @@ def first_step(arguments, folder, cache):
     command = [sys.executable, "-m", "jaxad", "train", *arguments, "--set", "steps=1", "--out", str(folder), "--quiet"]
     process = subprocess.Popen(command, env={**os.environ, "JAXAD_CACHE": str(cache)})
     while not (log.exists() and log.stat().st_size):
-        if process.poll():
+        if process.poll() is not None and not log.exists():
             raise SystemExit(f"{' '.join(command)} failed with status {process.returncode}")
         time.sleep(0.01)
     seconds = time.perf_counter() - began
@@ -42,7 +40,7 @@ def main():
     parser.add_argument("--preset", default="cpu")
     parser.add_argument("--data", default="synthetic")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--out", type=pathlib.Path, help="JSON file to write")
+    parser.add_argument("--json", type=pathlib.Path, help="file to write")
     options = parser.parse_args()
     arguments = [options.method, "--preset", options.preset, "--data", options.data]
     with tempfile.TemporaryDirectory() as made:
@@ -51,9 +49,10 @@ def main():
     cold, warm = seconds[0], seconds[1:]
     print(f"first step after {cold:.1f} s with a cold cache; warm {statistics.median(warm):.2f} s", end=" ")
     print(f"(median of {len(warm)}, {min(warm):.2f} to {max(warm):.2f})")
-    if options.out:
-        settings = {**vars(options), "out": None}
-        write(options.out, {"settings": settings, "environment": environment(), "cold": cold, "warm": warm})
+    if options.json:
+        settings = {name: value for name, value in vars(options).items() if name != "json"}
+        seconds = {"cold_seconds": cold, "warm_seconds": warm}
+        write(options.json, {"settings": settings, "environment": environment(), **seconds})
 
 
 if __name__ == "__main__":

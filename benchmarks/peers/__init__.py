@@ -50,6 +50,16 @@ def make(method: str, state: Any, spec: Any, *, compiled: bool = False) -> Peer:
     Raises:
       ValueError: the method has no peer, or torch is missing.
     """
+    check(method)
+    import torch
+
+    torch.set_num_threads(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    wrap = (lambda function: torch.compile(function, dynamic=False)) if compiled else (lambda function: function)
+    return importlib.import_module(f"{__name__}.{method}").make(state, spec, device=device(), wrap=wrap)
+
+
+def check(method: str) -> None:
+    """Raises ValueError where the method has no peer, or torch is missing."""
     if importlib.util.find_spec("torch") is None:
         raise ValueError(
             "peers are written in PyTorch, which is not installed here; expected torch >= 2.13. "
@@ -60,11 +70,6 @@ def make(method: str, state: Any, spec: Any, *, compiled: bool = False) -> Peer:
             f"method {method!r} has no peer; expected a file benchmarks/peers/{method}.py. "
             "Write one (see benchmarks/peers/__init__.py), or leave out --peer."
         )
-    import torch
-
-    torch.set_num_threads(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
-    wrap = (lambda function: torch.compile(function, dynamic=False)) if compiled else (lambda function: function)
-    return importlib.import_module(f"{__name__}.{method}").make(state, spec, device=device(), wrap=wrap)
 
 
 def device() -> str:

@@ -49,8 +49,8 @@ def bench(
     Raises:
       ValueError: an unknown name or value, a missing peer, or a measurement that must not be believed.
     """
-    from jaxad import files, methods
-    from jaxad.bench import race, report
+    from jaxad import methods
+    from jaxad.bench import report
     from jaxad.bench.methods import cases, set_up
     from jaxad.bench.rivals import rivals
     from jaxad.console import Console
@@ -64,7 +64,7 @@ def bench(
     if rounds < 1:
         raise ValueError(f"--rounds {rounds}; expected at least 1. Pass --rounds 8.")
     size = parse_size(image_size)
-    others = rivals(console.say) if peer else None
+    others = rivals(console.say, names) if peer else None
     wanted = [
         set_up(methods.get(name), preset=preset, image_size=size, batch=b, dtype=d)
         for name in names
@@ -72,22 +72,14 @@ def bench(
         for b in batches
     ]
 
-    def say(record):
-        console.table(report.rows(record))
-        for line in report.ratio_lines(record):
-            console.say(line)
-
     every = (case for setting in wanted for case in cases(setting, work=work, rivals=others))
-    effort = race.Effort(rounds=rounds, least_rounds=min(rounds, race.Effort().least_rounds))
-    records, ceilings = report.run_all(every, effort=effort, say=say)
-    settings = {"method": method, "preset": preset, "image_size": image_size, "batch": batches, "dtype": dtypes}
-    record = report.record_of(records, {**settings, "work": work, "peer": peer, "rounds": rounds}, ceilings)
+    settings: dict[str, Any] = {"method": method, "preset": preset, "image_size": image_size}
+    settings |= {"batch": batches, "dtype": dtypes, "work": work, "peer": peer}
+    out = pathlib.Path(json_file) if json_file else None
+    record = report.run_all(every, console=console, rounds=rounds, settings=settings, out=out)
     console.table(
-        [{"ceilings": d, **{f"{k} G/s": v / 1e9 for k, v in best.items()}} for d, best in ceilings.best.items()]
+        [{"ceilings": d, **{f"{k} G/s": v / 1e9 for k, v in best.items()}} for d, best in record["ceilings"].items()]
     )
-    if json_file:
-        pathlib.Path(json_file).parent.mkdir(parents=True, exist_ok=True)
-        files.write_json(pathlib.Path(json_file), record)
     return _changes(old, record, console) if old else 0
 
 

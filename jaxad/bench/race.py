@@ -1,7 +1,11 @@
 """Runs the contenders of a case in turn and says how long they took, or why that must not be believed.
 
-Order: A B C C B A in every round, so that what drifts slows all alike; a round gives one ratio. A turn is as many runs
-as fill `turn_seconds`, each with inputs of its own, drawn and placed before it. What makes a timing invalid:
+Order: A B C C B A, up to four times in a round, since short turns let what slows a machine for a second slow all alike.
+A round gives one ratio, that of the median runs: a run of ten times the usual length tells of a neighbour, not of the
+work (means and percentiles over all runs are in the record). Every run has inputs of its own, drawn and placed before
+the turn. The first run of a turn of several is not counted: it finds threads asleep and caches full of others' data.
+
+What makes a timing invalid:
   * an output that differs from the reference by more than the tolerance;
   * work that goes on after `wait`: fetching the last result then takes far longer than copying it could;
   * more FLOP/s than this machine's ceiling.
@@ -30,16 +34,17 @@ class Effort(NamedTuple):
     """How long to measure."""
 
     rounds: int = 8
-    turn_seconds: float = 0.25
+    round_seconds: float = 1.0  # of each contender in a round
     case_seconds: float = 60.0  # after which no further round begins, `least_rounds` done
     least_rounds: int = 4
+    most_turns: int = 8  # of a contender in a round
     most_runs: int = 64  # of a turn
 
 
 class Turn(NamedTuple):
     """One contender's turn."""
 
-    seconds: list[float]  # of each run
+    seconds: list[float]  # of each counted run
     transfers: list[float]  # of each `put`
     drain: float  # seconds from the last `wait` until the result had been fetched
     fetched_bytes: int
@@ -79,9 +84,9 @@ def check(case: Case, numbers: np.random.Generator) -> dict[str, Any]:
 
 
 def turn(case: Case, contender: Contender, numbers: np.random.Generator, runs: int) -> Turn:
-    """Times `runs` runs on fresh inputs, each up to `wait`."""
-    transfers, inputs, result = [], [], None
-    for _ in range(runs):
+    """Times `runs` runs on fresh inputs, each up to `wait`; where there are several, after one that is not counted."""
+    transfers, inputs, result, uncounted = [], [], None, int(runs > 1)
+    for _ in range(runs + uncounted):
         drawn = case.draw(numbers)
         began = time.perf_counter()
         inputs.append(contender.wait(contender.put(drawn)))
@@ -99,7 +104,8 @@ def turn(case: Case, contender: Contender, numbers: np.random.Generator, runs: i
         drain = time.perf_counter() - began
     finally:
         gc.enable()
-    return Turn(seconds, transfers, drain, sum(np.asarray(leaf).nbytes for leaf in jax.tree.leaves(fetched)))
+    size = sum(np.asarray(leaf).nbytes for leaf in jax.tree.leaves(fetched))
+    return Turn(seconds[uncounted:], transfers, drain, size)
 
 
 def race(
@@ -114,24 +120,25 @@ def race(
       seed: of the inputs.
 
     Returns:
-      (turns of each contender, rounds): a round is the seconds of a run of each contender, the mean of its two turns.
+      (turns of each contender, rounds): a round is the seconds of each contender's median run in it.
 
     Raises:
       BenchmarkError: a contender's timing ended before its work, or is faster than the machine.
     """
     effort, numbers, began = effort or Effort(), np.random.default_rng(seed), time.perf_counter()
     turns: dict[str, list[Turn]] = {contender.name: [] for contender in case.contenders}
-    runs = {}
-    for contender in case.contenders:
-        warm = min(turn(case, contender, numbers, 2).seconds)
-        runs[contender.name] = int(np.clip(np.ceil(effort.turn_seconds / max(warm, 1e-6)), 1, effort.most_runs))
+    warm = {c.name: max(min(turn(case, c, numbers, 2).seconds), 1e-6) for c in case.contenders}
+    times = int(np.clip(effort.round_seconds / max(warm.values()), 2, effort.most_turns)) // 2  # A B C C B A
+    each = effort.round_seconds / (2 * times)
+    runs = {name: int(np.clip(np.ceil(each / run), 1, effort.most_runs)) for name, run in warm.items()}
     rounds: list[dict[str, float]] = []
     while len(rounds) < effort.rounds:
         if len(rounds) >= effort.least_rounds and time.perf_counter() - began > effort.case_seconds:
             break
-        for contender in (*case.contenders, *case.contenders[::-1]):
+        for contender in (*case.contenders, *case.contenders[::-1]) * times:
             turns[contender.name].append(turn(case, contender, numbers, runs[contender.name]))
-        rounds.append({name: float(np.mean([np.mean(t.seconds) for t in own[-2:]])) for name, own in turns.items()})
+        last = {name: [s for t in own[-2 * times :] for s in t.seconds] for name, own in turns.items()}
+        rounds.append({name: float(np.median(seconds)) for name, seconds in last.items()})
     for contender in case.contenders:
         refuse_unsynced(case, contender, turns[contender.name])
         refuse_impossible(case, contender, turns[contender.name], ceilings)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import pathlib
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from jaxad import files
 from jaxad.bench import machine, race
 from jaxad.bench.case import BenchmarkError, Case, Contender
 
@@ -102,34 +104,39 @@ def record_of(records: Sequence[Mapping], settings: Mapping[str, Any], ceilings:
 
 
 def rows(record: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Rows of the table that is printed for a case."""
-    ratios = record["time_over"]["ratios"]
+    """Rows of the table that is printed for a case, a contender each."""
     return [
         {
-            "case": record["case"],
-            "by": c["name"],
+            record["case"]: c["name"],
             "per s": c["samples_per_second"],
             "p50 ms": 1e3 * c["seconds"]["p50"],
             "p95 ms": 1e3 * c["seconds"]["p95"],
             "p99 ms": 1e3 * c["seconds"]["p99"],
             "spread": _percent(c["seconds"]["spread"]),
+            "transfer ms": 1e3 * c["transfer_seconds"],
+            "metrics ms": 1e3 * c["metrics_seconds"] if "metrics_seconds" in c else None,
             "of product": _percent(c["share_of"]["product"]),
+            "of conv": _percent(c["share_of"]["convolution"]),
             "of copy": _percent(c["share_of"]["copy"]),
             "compile s": sum(c["compile_seconds"].values()) if c["compile_seconds"] else None,
             "peak MiB": c["memory"]["program"]["peak"] / 2**20 if c["memory"]["program"] else None,
             "seen MiB": c["memory"]["seen"] / 2**20 if c["memory"]["seen"] is not None else None,
-            "time ratio": ratios[c["name"]]["median"] if c["name"] in ratios else 1.0,
         }
         for c in record["contenders"]
     ]
 
 
-def ratio_lines(record: Mapping[str, Any]) -> list[str]:
-    """One line for each contender after the first: its time over the first's, pair by pair."""
+def ratio_rows(record: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """One row for each contender after the first: its time over the first's, round by round."""
     first = record["time_over"]["name"]
     return [
-        f"{record['case']}: time of {name} / time of {first}: {' '.join(f'{p:.2f}' for p in r['pairs'])}; "
-        f"median {r['median']:.2f}, spread {r['spread']:.0%} (all: {r['range']:.0%})"
+        {
+            "time ratio": f"{name} / {first}",
+            "median": r["median"],
+            "spread": _percent(r["spread"]),
+            "all": _percent(r["range"]),
+            "round by round": " ".join(f"{p:.2f}" for p in r["pairs"]),
+        }
         for name, r in record["time_over"]["ratios"].items()
     ]
 
@@ -179,10 +186,26 @@ def _change(case: str, name: str, old: tuple[float, float], new: tuple[float, fl
     return {"case": case, "by": name, "time ratio": factor, "noise": _percent(noise), "verdict": verdict}
 
 
-def run_all(cases: Iterable[Case], *, effort: race.Effort | None = None, say: Callable = print) -> tuple[list, Any]:
-    """Measures cases one after another: (records, ceilings). `say` gets each record when it is done."""
+def run_all(
+    cases: Iterable[Case], *, console: Any, rounds: int, settings: Mapping[str, Any], out: pathlib.Path | None
+) -> dict[str, Any]:
+    """Measures cases one after another and prints them: the whole record.
+
+    Args:
+      cases: made one at a time; what an earlier one compiled is dropped.
+      console: `jaxad.console.Console`.
+      rounds: of every case.
+      settings: for the record.
+      out: the file that the record is written to after every case, so that an error or a kill loses one case only.
+    """
+    effort = race.Effort(rounds=rounds, least_rounds=min(rounds, race.Effort().least_rounds))
     ceilings, records = machine.Ceilings(), []
     for case in cases:
+        console.say(f"{case.name}: {', '.join(c.name for c in case.contenders)}")
         records.append(measure(case, ceilings, effort=effort))
-        say(records[-1])
-    return records, ceilings
+        console.table(rows(records[-1]))
+        console.table(ratio_rows(records[-1]))
+        if out:
+            out.parent.mkdir(parents=True, exist_ok=True)
+            files.write_json(out, record_of(records, {**settings, "rounds": rounds}, ceilings))
+    return record_of(records, {**settings, "rounds": rounds}, ceilings)

@@ -6,7 +6,7 @@ import importlib
 import pathlib
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -35,9 +35,15 @@ def find_peers() -> Any:
     return importlib.import_module("benchmarks.peers")
 
 
-def rivals(say: Callable) -> Callable:
-    """The `rivals` of `methods.cases`: torch, and torch under torch.compile, or a word to `say` why not."""
+def rivals(say: Callable, methods: Sequence[str]) -> Callable:
+    """The `rivals` of `methods.cases`: torch, and torch under torch.compile, or a word to `say` why not.
+
+    Raises:
+      ValueError: a method has no peer, or torch is missing; told before anything is measured.
+    """
     peers = find_peers()
+    for method in methods:
+        peers.check(method)
 
     def build(setting: Setting, work: str, index: int | None, state: Any, spec: Any, key: Any) -> list[Contender]:
         found: list[Contender] = []

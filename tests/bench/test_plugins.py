@@ -68,11 +68,16 @@ def test_results_page(monkeypatch, tmp_path):
     folder.mkdir(parents=True)
     for batch, ratio in ((32, 3.0), (1, 2.0)):
         (folder / f"b{batch}.json").write_text(json.dumps(record_with(batch, ratio)))
-    (folder / "of-another-benchmark.json").write_text('{"results": []}')
+    another = {"environment": {"commit": "def"}, "warm": [1, 3, 2], "part": {"ways": [{"way": "vmap", "ms": 2000.5}]}}
+    (folder / "another.json").write_text(json.dumps(another))
+    (folder / "paged.json").write_text('{"rows": 17}')
+    (folder / "paged.md").write_text("A page of its own.")
     results.main()
     text = (tmp_path / "RESULTS.md").read_text()
     assert "| m cpu 8x8x1 score b32 float32 | torch | 3 | 10% (20%) | 50% | 40% | - |" in text
-    assert "another" not in text and "results/cpu/peers.png" in text and "samples/s" not in text.split("## cpu")[1]
+    assert "results/cpu/peers.png" in text and "samples/s" not in text.split("## cpu")[1]
+    assert "commit def" in text and "| warm (median of 3) | 2 |" in text and "part ways:" in text
+    assert "| vmap | 2,000 |" in text and "[results/cpu/paged.md](results/cpu/paged.md)" in text and "17" not in text
     assert (folder / "peers.png").stat().st_size > 5000
     (series,) = results.grouped(results.load()["cpu"]).values()
     assert [case["batch"] for case in series] == [1, 32]
