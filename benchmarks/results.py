@@ -15,6 +15,7 @@ ROOT = pathlib.Path(__file__).resolve().parent
 OUT = ROOT / "RESULTS.md"
 _COLOURS = {"jaxad": "#1b6ca8", "torch": "#d1495b", "torch.compile": "#edae49"}
 _OTHERS = ("#66a182", "#8d6a9f", "#6c757d")
+_BUSY = 0.1  # share of the processors' time
 _LISTED = 60  # values of a record that is not the harness's
 
 HEAD = """# Results
@@ -28,6 +29,7 @@ Made by `python -m benchmarks.results` from the records in `results/`; do not ed
   as if it were read again, so that shares above 100% of copy happen.
 * *transfer*, *fetch*, *metrics*: host to device, device to host, and counting the pixels of the maps, as a share of the
   time of a run; they are no part of it.
+* *others took*: the processors' time that other programs had while a case was timed, where that was above a tenth.
 * *peak*: what the compiler says the program needs, with arguments; *seen*: growth of memory during a first run.
 """
 CPU = """
@@ -77,8 +79,9 @@ def rows_of(record, *, is_cpu):
         for contender in case["contenders"]:
             ratio, shares = ratios.get(contender["name"]), contender["share_of"]
             memory = contender["memory"]["program"]
+            busy = case.get("other_load") or 0
             row = {
-                "case": case["case"],
+                "case": case["case"] + (f" (others took {busy:.0%})" if busy > _BUSY else ""),
                 "by": contender["name"],
                 "time ratio": ratio["median"] if ratio else 1.0,
                 "spread (all)": f"{ratio['spread']:.0%} ({ratio['range']:.0%})" if ratio else None,

@@ -116,6 +116,32 @@ def _status(field: str) -> int:
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:")), 0)
 
 
+class OtherLoad:
+    """How busy other programs keep the processors while the body runs: `share` of their time, None where not told."""
+
+    share: float | None = None
+
+    def __enter__(self) -> OtherLoad:
+        self._start = _processor_seconds()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._start is not None and (end := _processor_seconds()) is not None:
+            everyone, own, idle = (after - before for before, after in zip(self._start, end, strict=True))
+            self.share = max(everyone - own, 0.0) / max(everyone + idle, 1e-9)
+
+
+def _processor_seconds() -> tuple[float, float, float] | None:
+    """Seconds since the start: of all programs, of this one and its children, and idle; Linux knows."""
+    try:
+        fields = pathlib.Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]
+    except OSError:
+        return None
+    user, nice, system, idle, waiting, *rest = (int(n) / os.sysconf("SC_CLK_TCK") for n in fields)
+    own = os.times()
+    return user + nice + system + sum(rest), sum(own[:4]), idle + waiting
+
+
 def environment() -> dict[str, Any]:
     """Versions, device and commit of a record; torch's and scikit-learn's versions where they are loaded."""
     from jaxad import files

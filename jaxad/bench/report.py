@@ -14,6 +14,7 @@ from jaxad.bench.case import BenchmarkError, Case, Contender
 
 SCHEMA = 1
 _NOISE = 0.1  # changes below a tenth are never called one
+_BUSY = 0.1  # of the processors: what other programs may take before a remark is due
 
 
 def summary(values: Sequence[float]) -> dict[str, float]:
@@ -32,12 +33,13 @@ def measure(case: Case, ceilings: machine.Ceilings, *, effort: race.Effort | Non
     dtype = case.facts.get("dtype", "float32")
     ceilings.measure(dtype)
     checked = race.check(case, np.random.default_rng(2))
-    turns, rounds = _race(case, ceilings, effort, dtype)
+    with machine.OtherLoad() as others:
+        turns, rounds = _race(case, ceilings, effort, dtype)
     best = ceilings.measure(dtype)
     first = case.contenders[0].name
     contenders = [_record(case, c, turns[c.name], checked, best) for c in case.contenders]
     ratios = {c.name: ratio([r[c.name] / r[first] for r in rounds]) for c in case.contenders[1:]}
-    record = {"case": case.name, **case.facts, "samples": case.samples, "ceilings": best}
+    record = {"case": case.name, **case.facts, "samples": case.samples, "ceilings": best, "other_load": others.share}
     record["check"] = {name: checked[name] for name in ("against", "tolerance", "worst")}
     return {**record, "contenders": contenders, "time_over": {"name": first, "ratios": ratios}}
 
@@ -205,6 +207,11 @@ def run_all(
         records.append(measure(case, ceilings, effort=effort))
         console.table(rows(records[-1]))
         console.table(ratio_rows(records[-1]))
+        if (records[-1]["other_load"] or 0) > _BUSY:
+            console.say(
+                f"other programs took {records[-1]['other_load']:.0%} of the processors meanwhile: "
+                "expect noise, and unfair ratios where a contender's threads wait for each other"
+            )
         if out:
             out.parent.mkdir(parents=True, exist_ok=True)
             files.write_json(out, record_of(records, {**settings, "rounds": rounds}, ceilings))

@@ -1,6 +1,7 @@
 """The harness: it refuses what must not be believed, and what it reports is what it was given."""
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -191,6 +192,29 @@ def test_peak_memory_sees_what_a_program_needs():
         assert 60e6 < peak.bytes < 200e6
 
 
+def test_the_load_of_other_programs_is_seen():
+    """Another program keeps a processor busy while this one sleeps."""
+    command = [sys.executable, "-c", "import time; end = time.time() + 60\nwhile time.time() < end: pass"]
+    busy = subprocess.Popen(command)
+    try:
+        time.sleep(0.3)
+        with machine.OtherLoad() as others:
+            time.sleep(1)
+    finally:
+        busy.kill()
+        busy.wait()
+    if others.share is not None:
+        assert others.share > 0.5 / os.cpu_count()
+
+
+def test_the_load_of_this_program_is_not_the_others(monkeypatch):
+    told = iter([(100.0, 10.0, 50.0), (104.0, 12.0, 51.0)])  # 4 s of work, 2 of them ours, and 1 s idle
+    monkeypatch.setattr(machine, "_processor_seconds", lambda: next(told))
+    with machine.OtherLoad() as others:
+        pass
+    assert others.share == 0.4
+
+
 def test_ceilings_only_rise(ceilings):
     before = dict(ceilings.best["float32"])
     after = ceilings.measure("float32")
@@ -300,7 +324,12 @@ def test_fields_of_the_record(tiny):
     assert [case["work"] for case in record["cases"]] == ["train", "score"]
     for case in record["cases"]:
         assert case["check"]["against"] == "reference" and case["check"]["worst"]["jaxad"] <= case["check"]["tolerance"]
-        assert case["batch"] == 2 and case["dtype"] == "float32" and case["ceilings"]["product"] > 1e9
+        assert (
+            "other_load" in case
+            and case["batch"] == 2
+            and case["dtype"] == "float32"
+            and case["ceilings"]["product"] > 1e9
+        )
         (ours,) = case["contenders"]
         assert {"p50", "p95", "p99", "spread"} <= set(ours["seconds"]) and ours["transfer_seconds"] >= 0
         assert set(ours["compile_seconds"]) == {"trace", "lower", "compile"}
