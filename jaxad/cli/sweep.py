@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pathlib
 import shlex
 import sys
@@ -67,6 +68,8 @@ def sweep(
     from jaxad.members import use_all_cores
 
     use_all_cores()
+    if workers:  # else this process, which computes nothing, takes most of the memory of an accelerator beforehand
+        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     console = Console(quiet)
     given = {"layout": layout, "image_size": parse_size(image_size), "holdout": holdout, "clip_stride": clip_stride}
     given |= {"preset": preset, "fpr": fpr}

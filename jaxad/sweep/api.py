@@ -96,6 +96,9 @@ def run_request(
     if metric is not None and metric not in METRICS:
         raise ValueError(f"--metric {metric!r} is unknown; expected one of {', '.join(METRICS)}. Pass --metric aupro.")
     method = methods.get(request.base.method)
+    # Named now: the default depends on the device, and workers, or a later start that goes on, may have another one.
+    preset = request.base.preset or settings.default_preset(method)
+    request = dataclasses.replace(request, base=dataclasses.replace(request.base, preset=preset))
     members = members_of(method, request)
     base_cell = find_cell(members, base)
     library = Library()
@@ -171,8 +174,8 @@ def _announce(request: Request, members: list[Member], groups: list[Group], fold
     seeds = len(request.seeds)
     console.say(
         f"{request.base.method} ({members[0].settings.preset}): {_count(len(members), 'member')} = "
-        f"{_count(cells, 'cell')} x {_count(seeds, 'seed')}, in {_count(len(groups), 'group')} that "
-        f"{'is' if len(groups) == 1 else 'are'} compiled once each; {jax.devices()[0].device_kind}"
+        f"{_count(cells, 'cell')} x {_count(seeds, 'seed')}, in {_count(len(groups), 'group')}, "
+        f"compiled once{' each' if len(groups) > 1 else ''}; {jax.devices()[0].device_kind}"
     )
     if folder.done:
         console.say(f"{len(folder.done)} members are done already and not computed again")

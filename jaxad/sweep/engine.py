@@ -244,13 +244,9 @@ class _Work:
         total, most = len(self.group.members), self.limits.members or len(self.group.members)
         budget = self.limits.budget or free_bytes(self.mesh)
         size = self._even(min(total, most))
-        need = self._need(size)
-        while budget is not None and need > budget and size > self.devices:
-            shared = self._shared_bytes()
-            fitting = size * max(budget - shared, 0) // max(need - shared, 1)
-            self.programs.pop(size)
-            size = self._even(max(self.devices, min(fitting, size - self.devices)))
-            need = self._need(size)
+        while smaller := self._smaller(size, budget):
+            size = smaller
+        need = self._programs(size).bytes
         chunks = -(-total // size)
         where = f" on each of {self.devices} devices" if self.devices > 1 else ""
         free = f" of {_gib(budget)}" if budget is not None else ""
@@ -261,15 +257,28 @@ class _Work:
         )
         return size
 
+    def _smaller(self, size: int, budget: int | None) -> int | None:
+        """How many to try where `size` members do not fit; None where they do, or where there is no less."""
+        try:
+            need = self._need(size)
+        except jax.errors.JaxRuntimeError as error:
+            if not is_out_of_memory(error) or size <= self.devices:
+                raise
+            fitting = size // 2
+        else:
+            if budget is None or need <= budget or size <= self.devices:
+                return None
+            least = self._need(self.devices)
+            each = max((need - least) / (size - self.devices), 1)
+            fitting = self.devices + int(max(budget - least, 0) / each)
+        self.programs.pop(size, None)
+        return self._even(max(self.devices, min(fitting, size - self.devices)))
+
     def _even(self, most: int) -> int:
         """At most `most` members at a time, or one on each device, in chunks of about the same size."""
         total, devices = len(self.group.members), self.devices
         largest = max(most // devices * devices, devices)
         return _up(-(-total // -(-total // largest)), devices)
-
-    def _shared_bytes(self) -> int:
-        arrays = [self.stack.truth, *(shared.columns for shared in self.stack.sources.values())]
-        return sum(leaf.nbytes for leaf in jax.tree.leaves(arrays))
 
     def _need(self, count: int) -> int:
         """Bytes on each device that `count` members need, from their compiled programs."""

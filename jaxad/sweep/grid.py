@@ -172,7 +172,8 @@ def find_cell(members: Sequence[Member], text: str | None) -> dict[str, Any]:
         matching = [known for known in values if _same(known, value)]
         if not matching:
             raise ValueError(
-                f"--base {text!r}: {axis} has no value {value}; expected one of {', '.join(map(str, values))}."
+                f"--base {text!r}: {axis} has no value {value}; expected one of {', '.join(map(str, values))}. "
+                "Leave --base out for the first cell."
             )
         cell[axis] = matching[0]
     return cell

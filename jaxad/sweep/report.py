@@ -6,7 +6,7 @@ import itertools
 import json
 import math
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from jaxad.files import environment, write_text
@@ -22,7 +22,8 @@ _STYLE = (
     STYLE
     + """
 th.num, td.num { text-align: right; white-space: nowrap; } .wide .plot svg { max-width: 760px; }
-tr.best td { font-weight: 600; } .narrow table { width: auto; }
+tr.best td { font-weight: 600; } .narrow table { width: auto; } .wide { margin-top: 22px; }
+.cells th, .cells td { padding-right: 10px; } .cells th:last-child, .cells td:last-child { padding-right: 0; }
 """
 )
 _NAMES = {
@@ -109,11 +110,11 @@ def _lead(cells, summaries, differences: list[Difference], axes, name: str) -> s
     best = stats.best_cell(cells)
     if best is None:
         return f'<p class="lead">No cell has a defined {escape(name)}.</p>'
-    text = f"Best mean {name}: {_with_interval(summaries[best])}"
+    text = f"Best mean {name}: {_with_interval(summaries[best], _decimals(summaries.values()))}"
     text += f" with {_cell_text(best, axes)}." if axes else "."
     found = next((d for d in differences if d.cell == best), None)
     if found is not None:
-        change = f"{_signed(found.summary.mean)} against the base cell"
+        change = f"{_signed(found.summary.mean, _decimals([found.summary]))} against the base cell"
         if not math.isfinite(found.p_holm):
             text += f" That is {change}; too few seeds to test."
         else:
@@ -128,15 +129,16 @@ def _cells_section(cells, summaries, differences, axes, base, name: str) -> str:
     by_cell = {difference.cell: difference for difference in differences}
     best = stats.best_cell(cells)
     rows, classes = [], []
+    digits = _decimals(summaries.values())
+    fine = _decimals(difference.summary for difference in differences)
     for cell, summary in summaries.items():
         other = by_cell.get(cell)
-        row = [*map(label_of, cell), str(summary.number), _number(summary.mean), *_interval(summary)]
-        if differences:
-            row += (
-                ["base", "", "", ""]
-                if other is None
-                else [_signed(other.summary.mean), _span(other.summary), _p(other.p), _p(other.p_holm)]
-            )
+        row = [*map(label_of, cell), str(summary.number), _number(summary.mean, digits), _span(summary, digits)]
+        if other is not None:
+            change = other.summary
+            row += [_signed(change.mean, fine), _span(change, fine, signed=True), _p(other.p), _p(other.p_holm)]
+        elif differences:
+            row += ["base", "", "", ""]
         rows.append(row)
         classes.append("best" if cell == best and len(cells) > 1 else "")
     head = [*axes, "seeds", name, "95% interval"]
@@ -146,10 +148,13 @@ def _cells_section(cells, summaries, differences, axes, base, name: str) -> str:
     own_base = tuple(base[axis] for axis in axes) if axes else None
     plot = draw_cells(summaries, labels, points, own_base, name) if len(cells) > 1 else ""
     hint = '<p class="hint">Dots are seeds. Dashed: the mean of the base cell.</p>' if plot and differences else ""
+    told = (
+        '<p class="hint">Mean over seeds. Differences from the base cell are seed by seed; p of the paired t-test, '
+        "and after Holm's correction for all of them. The best mean is in bold.</p>"
+    )
+    body = _table(head, rows, text_columns=_text_axes(cells, axes), classes=classes)
     return section(
-        "Cells",
-        _table(head, rows, text_columns=_text_axes(cells, axes), classes=classes)
-        + f'<div class="wide">{plot}{hint}</div>',
+        "Cells", (told if differences else "") + f'<div class="cells">{body}</div><div class="wide">{plot}{hint}</div>'
     )
 
 
@@ -162,8 +167,15 @@ def _effects_section(cells, axes, name: str) -> str:
         draw_heat(pair, _means(cells, axes, pair), name)
         for pair in itertools.islice(itertools.combinations(effects, 2), 6)
     ]
+    digits = _decimals(summary for effect in effects.values() for _, summary in effect)
     rows = [
-        [axis if first else "", label_of(value), str(summary.number), _number(summary.mean), *_interval(summary)]
+        [
+            axis if first else "",
+            label_of(value),
+            str(summary.number),
+            _number(summary.mean, digits),
+            _span(summary, digits),
+        ]
         for axis, effect in effects.items()
         for first, (value, summary) in zip(itertools.chain([True], itertools.repeat(False)), effect)  # noqa: B905
     ]
@@ -187,13 +199,13 @@ def _metrics_section(table, axes) -> str:
     known = [name for name in _NAMES if any(row.get(name) is not None for row in table)]
     if not known:
         return ""
-    columns = {name: stats.cells_of(table, axes, name) for name in known}
-    rows = []
-    for cell in columns[known[0]]:
-        found = [stats.summarise(list(columns[name][cell].values())) for name in known]
-        rows.append([*map(label_of, cell), *map(_with_interval, found)])
-    head = [*axes, *(_NAMES[name] for name in known)]
-    body = _table(head, rows, text_columns=_text_axes(columns[known[0]], axes))
+    columns = []
+    for name in known:
+        cells = stats.cells_of(table, axes, name)
+        summaries = [stats.summarise(list(by_seed.values())) for by_seed in cells.values()]
+        columns.append([_with_interval(summary, _decimals(summaries)) for summary in summaries])
+    rows = [[*map(label_of, cell), *values] for cell, *values in zip(cells, *columns, strict=True)]
+    body = _table([*axes, *(_NAMES[name] for name in known)], rows, text_columns=_text_axes(cells, axes))
     return (
         f"<section><details><summary>All metrics, mean ± half of the 95% interval</summary>{body}</details></section>"
     )
@@ -264,29 +276,30 @@ def _cell_text(cell: Cell, axes: Sequence[str]) -> str:
     return ", ".join(f"{axis} {label_of(value)}" for axis, value in zip(axes, cell, strict=True))
 
 
-def _number(value: float) -> str:
-    return f"{value:.4f}" if math.isfinite(value) else "–"
+def _decimals(summaries: Iterable[Summary]) -> int:
+    """Decimals at which the narrowest interval still has two digits; 3 to 5."""
+    halves = [summary.half for summary in summaries if math.isfinite(summary.half) and summary.half > 0]
+    return min(max(1 - math.floor(math.log10(min(halves))), 3), 5) if halves else 4
 
 
-def _interval(summary: Summary) -> list[str]:
-    return [_span(summary, signed=False)]
+def _number(value: float, digits: int) -> str:
+    return f"{value:.{digits}f}" if math.isfinite(value) else "–"
 
 
-def _span(summary: Summary, *, signed: bool = True) -> str:
+def _span(summary: Summary, digits: int, *, signed: bool = False) -> str:
     if not math.isfinite(summary.half):
         return "–"
-    low, high = summary.mean - summary.half, summary.mean + summary.half
-    return f"{_signed(low)} to {_signed(high)}" if signed else f"{low:.4f} to {high:.4f}"
+    ends = summary.mean - summary.half, summary.mean + summary.half
+    return " to ".join(_signed(end, digits) if signed else _number(end, digits) for end in ends)
 
 
-def _signed(value: float) -> str:
-    return f"{value:+.4f}".replace("-", "−")
+def _signed(value: float, digits: int) -> str:
+    return f"{value:+.{digits}f}".replace("-", "−") if math.isfinite(value) else "–"
 
 
-def _with_interval(summary: Summary) -> str:
-    if not math.isfinite(summary.mean):
-        return "–"
-    return f"{summary.mean:.4f}" + (f" ± {summary.half:.4f}" if math.isfinite(summary.half) else "")
+def _with_interval(summary: Summary, digits: int) -> str:
+    text = _number(summary.mean, digits)
+    return f"{text} ± {summary.half:.{digits}f}" if math.isfinite(summary.half) else text
 
 
 def _p(value: float) -> str:

@@ -36,7 +36,7 @@ def compute_groups(
       console: where to show progress.
 
     Raises:
-      ValueError: ray is not installed.
+      ValueError: ray is not installed, or the workers of some groups died again and again; the rest is computed.
     """
     ray = _start_ray()
     shares = share_out(groups, workers)
@@ -45,6 +45,7 @@ def compute_groups(
     task = ray.remote(max_retries=_RETRIES, **needs)(compute_share)
     waiting = list(shares)
     running: dict[Any, list[int]] = {}
+    lost: list[list[int]] = []
     done, total = 0, len(shares)
     console.say(f"{total} groups for {workers} workers over ray")
     console.progress("groups", 0, total)
@@ -53,14 +54,26 @@ def compute_groups(
             while waiting and len(running) < workers:
                 share = waiting.pop(0)
                 running[task.remote(request.to_json(), share, limits._replace(mesh=None), cores)] = share
-            finished, _ = ray.wait(list(running), num_returns=1)
-            keep(ray.get(finished[0]))
-            del running[finished[0]]
+            (finished,), _ = ray.wait(list(running), num_returns=1)
+            share = running.pop(finished)
+            try:
+                keep(ray.get(finished))
+            except ray.exceptions.RayTaskError:
+                raise  # what the worker's own code raised, others would too
+            except ray.exceptions.RayError as error:
+                lost.append(share)
+                console.say(f"members {share[0]} to {share[-1]} are lost with their worker: {type(error).__name__}")
             done += 1
             console.progress("groups", done, total)
     finally:
         for reference in running:
             ray.cancel(reference, force=True)
+    if lost:
+        raise ValueError(
+            f"the workers of {len(lost)} of {total} groups died {_RETRIES + 1} times, perhaps for want of memory; "
+            "expected them to live. The other groups are kept: start the same command again, with fewer --workers or "
+            "with --members to compute fewer at a time."
+        )
 
 
 def share_out(groups: Sequence[Group], workers: int) -> list[list[int]]:
