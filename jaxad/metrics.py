@@ -156,9 +156,10 @@ def label_regions(masks: Any) -> np.ndarray:
     weights, total = np.zeros(masks.shape, np.float32), 0
     for mask, weight in zip(masks, weights, strict=True):
         regions, count = ndimage.label(mask > 0.5, structure=np.ones((3, 3)))
-        sizes = np.bincount(regions.ravel())
-        weight[...] = np.where(regions > 0, 1 / np.maximum(sizes, 1)[regions], 0)
         total += count
+        if count:
+            sizes = np.bincount(regions.ravel())
+            weight[...] = np.append(0, 1 / sizes[1:]).astype(np.float32)[regions]
     if total > MAX_REGIONS:
         raise ValueError(
             f"the masks hold {total} connected regions; at most {MAX_REGIONS} can be counted. Speckled masks are the "
