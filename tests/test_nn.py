@@ -34,7 +34,7 @@ def transposed_loop(image, kernel, strides, output_padding):
     return correlate_loop(dilated, kernel, [1] * len(strides), [(1, 1 + o) for o in output_padding])
 
 
-@pytest.mark.parametrize("impl", ["conv", "gemm"])
+@pytest.mark.parametrize("impl", ["conv", "mixed", "gemm"])
 @pytest.mark.parametrize(
     "spatial, taps, strides, padding",
     [
@@ -51,7 +51,7 @@ def test_correlate(impl, spatial, taps, strides, padding):
     np.testing.assert_allclose(got, correlate_loop(image, kernel, strides, padding), atol=1e-4)
 
 
-@pytest.mark.parametrize("impl", ["conv", "gemm"])
+@pytest.mark.parametrize("impl", ["conv", "mixed", "gemm"])
 @pytest.mark.parametrize(
     "spatial, strides, output_padding",
     [
@@ -76,6 +76,61 @@ def test_correlate_transposed(impl, spatial, strides, output_padding):
     grad = jax.grad(lambda k: jnp.vdot(jnp.float32(g), run(args[0], k)))(args[1])
     slope = np.vdot(g, transposed_loop(image, direction, strides, output_padding))
     np.testing.assert_allclose(np.vdot(grad, direction), slope, rtol=1e-4)
+
+
+_GEOMETRIES = [  # channels decide how many axes the kernel's gradient gathers windows along
+    ((7, 6), (3, 3), (2, 2), ((1, 1), (1, 1)), 3),
+    ((8, 7), (3, 3), (2, 2), ((1, 1), (1, 1)), 40),
+    ((9, 11), (5, 5), (3, 2), ((2, 0), (0, 3)), 20),
+    ((9, 9), (2, 2), (3, 3), ((0, 0), (0, 0)), 40),
+    ((3, 5, 4), (3, 3, 3), (1, 2, 2), ((1, 1),) * 3, 30),
+]
+
+
+@pytest.mark.parametrize("dtype, tolerance", [("float32", 1e-4), ("float64", 1e-5)])  # products sum in float32
+@pytest.mark.parametrize("spatial, taps, strides, padding, channels", _GEOMETRIES)
+def test_gradients_are_those_of_xla(spatial, taps, strides, padding, channels, dtype, tolerance):
+    rng = np.random.default_rng(3)
+
+    def gradients(impl, images, kernels, grads):
+        def one(x, k, g):
+            run = lambda x, k: conv.correlate(x, k, strides=strides, padding=padding, impl=impl)  # noqa: E731
+            return jax.vjp(run, x, k)[1](g)
+
+        return jax.jit(jax.vmap(one))(images, kernels, grads)
+
+    with jax.enable_x64(dtype == "float64"):
+        members = 2
+        images = jnp.asarray(rng.normal(size=(members, 2, *spatial, channels)), dtype)
+        kernels = jnp.asarray(rng.normal(size=(members, *taps, channels, 4)), dtype)
+        counts = [(n + sum(p) - t) // s + 1 for n, t, s, p in zip(spatial, taps, strides, padding, strict=True)]
+        grads = jnp.asarray(rng.normal(size=(members, 2, *counts, 4)), dtype)
+        expected = gradients("conv", images, kernels, grads)
+        for impl in ("mixed", "gemm"):
+            for got, want in zip(gradients(impl, images, kernels, grads), expected, strict=True):
+                assert got.dtype == want.dtype == dtype
+                np.testing.assert_allclose(got, want, atol=tolerance * float(jnp.abs(want).max()))
+
+
+@pytest.mark.parametrize(
+    "target, convolutions, products",
+    [
+        ({"platform": "cpu"}, 2, 3),  # XLA's for images there and back, a product for each row of taps
+        ({"platform": "cpu", "looped": True}, 0, 5),
+        ({"platform": "cpu", "members": True}, 0, 5),
+        ({"platform": "tpu"}, 3, 0),
+    ],
+)
+def test_the_chosen_lowering_is_what_is_traced(target, convolutions, products):
+    def loss(image, kernel):
+        return conv.correlate(image, kernel, strides=(2, 2), padding=((1, 1), (1, 1)), impl="auto").sum()
+
+    def gradients(image, kernel):  # a new function at every call: traces are cached
+        return jax.value_and_grad(loss, argnums=(0, 1))(image, kernel)
+
+    with conv.lowering_for(**target):
+        text = str(jax.make_jaxpr(gradients)(jnp.ones((1, 8, 8, 32)), jnp.ones((3, 3, 32, 32))))
+    assert (text.count("conv_general_dilated["), text.count("dot_general[")) == (convolutions, products)
 
 
 def test_impls_agree_under_vmapped_kernels():

@@ -213,25 +213,54 @@ def _kernel_gradient(large: Array, small: Array, window: _Window) -> Array:
     outer = rank - 1
     while outer and math.prod(window.taps[outer:]) * channels < _MIN_COLUMNS:
         outer -= 1
-    taps, strides = window.taps[:outer], window.strides[:outer]
-    shifts = [(t - 1) // s for t, s in zip(taps, strides, strict=True)]
-    padding = list(window.padding)
-    for axis, (shift, stride) in enumerate(zip(shifts, strides, strict=True)):
-        before = padding[axis][0]
-        padding[axis] = before, (window.counts[axis] + shift) * stride - window.size[axis] - before
-    padded, rows = _pad(large, padding), {}
-    products = []
-    for tap in itertools.product(*map(range, taps)):
-        phase = tuple(t % s for t, s in zip(tap, strides, strict=True))
+    strides, counts = window.strides[:outer], window.counts[:outer]
+    split, blocks = large, []
+    for axis, stride in enumerate(strides):
+        split = _split(split, 1 + 2 * axis, stride)
+        blocks.append(split.shape[1 + 2 * axis])
+    products, rows = [], {}
+    for tap in itertools.product(*map(range, window.taps[:outer])):
+        places = [divmod(t - before, s) for t, s, (before, _) in zip(tap, strides, window.padding, strict=False)]
+        phase = tuple(p for _, p in places)
         if phase not in rows:
-            part = padded[(slice(None), *(slice(f, None, s) for f, s in zip(phase, strides, strict=True)))]
-            rows[phase] = _columns(part, window, outer)
-        moved = [(t // s, shift - t // s) for t, s, shift in zip(tap, strides, shifts, strict=True)]
-        facing = _pad(small, moved + [(0, 0)] * (rank - outer))
+            part = split[(slice(None), *itertools.chain(*((slice(None), p) for p in phase)))]
+            rows[phase] = _runs(part, window) if outer == rank - 1 else _inner_columns(part, window, outer)
+        facing = _pad(small, [(shift, b - n - shift) for (shift, _), b, n in zip(places, blocks, counts, strict=True)])
         # As matrices: XLA would transpose arrays of higher rank in memory.
         seen, faced = (x.reshape(-1, x.shape[-1]) for x in (rows[phase], facing))
         products.append(lax.dot_general(seen, faced, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32))
     return jnp.stack(products).reshape(*window.taps, channels, small.shape[-1])
+
+
+def _runs(part: Array, window: _Window) -> Array:
+    """Windows along the last axis, of parts that lie together in memory: (..., counts, taps x C).
+
+    A window is cut where the blocks of `stride` pixels end; every piece is then one slice of all blocks.
+    """
+    taps, stride, before, count = window.taps[-1], window.strides[-1], window.padding[-1][0], window.counts[-1]
+    channels, around = part.shape[-1], [(0, 0)] * (part.ndim - 3)
+    whole = _split(part, part.ndim - 2, stride)
+    blocks = whole.shape[-3]
+    whole = whole.reshape(*whole.shape[:-2], stride * channels)
+    pieces, at = [], -before
+    while at < taps - before:
+        shift, first = divmod(at, stride)
+        end = min(stride, first + taps - before - at)
+        piece = whole[..., first * channels : end * channels]
+        pieces.append(_pad(piece, [*around, (-shift, count - blocks + shift)]))
+        at += end - first
+    return jnp.concatenate(pieces, axis=-1)
+
+
+def _split(image: Array, axis: int, stride: int) -> Array:
+    """Splits an axis into (blocks, stride), filled up with zeros at its end."""
+    blocks = -(-image.shape[axis] // stride)
+    filled = _pad(image, [(0, 0)] * (axis - 1) + [(0, blocks * stride - image.shape[axis])])
+    return filled.reshape(*image.shape[:axis], blocks, stride, *image.shape[axis + 1 :])
+
+
+def _inner_columns(part: Array, window: _Window, first: int) -> Array:
+    return _columns(_pad(part, [(0, 0)] * first + list(window.padding[first:])), window, first)
 
 
 # --- by XLA's convolution -----------------------------------------------------------------------------------------
@@ -269,8 +298,9 @@ def _dimension_numbers(rank: int) -> tuple[str, str, str]:
 
 
 def _pad(image: Array, padding: Sequence[tuple[int, int]]) -> Array:
-    """Pads the spatial axes with zeros; negative numbers cut."""
-    return lax.pad(image, jnp.zeros((), image.dtype), [(0, 0, 0), *((*edges, 0) for edges in padding), (0, 0, 0)])
+    """Pads the first spatial axes with zeros; negative numbers cut."""
+    edges = [(0, 0, 0), *((*ends, 0) for ends in padding)]
+    return lax.pad(image, jnp.zeros((), image.dtype), edges + [(0, 0, 0)] * (image.ndim - len(edges)))
 
 
 def _columns(padded: Array, window: _Window, first: int) -> Array:
