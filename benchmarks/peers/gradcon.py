@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from benchmarks.peers import Peer, tensor
 from benchmarks.peers.memae import smoother
-from jaxad.methods.gradcon import layers_of
+from jaxad.methods.gradcon import layers_of, phases, train_step
 
 _ONLY = {
     "model": "cae",
@@ -23,7 +23,6 @@ _ONLY = {
     "use_bias": False,
     "ref_grad": "total",
     "cos_eps_mode": "norm",
-    "select": "last",
     "tile": 0,
     "map": "error",
     "dtype": "float32",
@@ -125,4 +124,5 @@ def make(state, spec, *, device: str, wrap) -> Peer:
             return torch.stack(scores), rows @ torch.cat(maps) @ columns.t()
 
     reset()
-    return Peer(score=score, steps={"train": step}, reset=reset, module=model)
+    rounds = [phase.name for phase in phases(cfg) if phase.step is train_step]
+    return Peer(score=score, steps=dict.fromkeys(rounds, step), reset=reset, module=model)

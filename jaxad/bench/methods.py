@@ -93,7 +93,9 @@ def cases(
       variants: name -> fields of the config in which a further contender differs, for comparing implementations.
     """
     if "train" in work:
-        for index in range(len(setting.method.phases(setting.cfg))):
+        phases = setting.method.phases(setting.cfg)
+        first_of = {(phase.step, phase.source): index for index, phase in reversed(list(enumerate(phases)))}
+        for index in sorted(first_of.values()):  # rounds of the same phase are one program
             yield _training(setting, index, rivals, variants or {})
     if "score" in work:
         yield _scoring(setting, rivals, variants or {})
