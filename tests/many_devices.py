@@ -1,75 +1,124 @@
-"""A training step on one device and on eight virtual ones, as JSON; `test_shard.py` runs it in a process of its own."""
+"""A method on one device and on eight virtual ones, as JSON; `test_shard.py` runs `many_devices.py METHOD [PRESET]`."""
 
 import json
+import sys
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxad import methods, score, shard, train
-from jaxad.core import Source, spec_of
+from jaxad.core import Source, as_arrays, spec_of
 
-METHOD = methods.get("memae")
 KEY = jax.random.key(0)
+STEPS = 10
 
 
-def config(preset, **fields):
-    return METHOD.config(**{**METHOD.presets[preset].config, **fields})
+def config(method, preset, **fields):
+    return method.config(**{**method.presets[preset].config, **fields})
 
 
-def pictures(size, count=40):
-    image = np.random.default_rng(0).integers(0, 255, (count, size, size, 3), np.uint8)
-    return {"train": Source(image=image, label=np.zeros(count, np.int32))}
+def pictures(size, channels=3, count=40):
+    image = np.random.default_rng(0).integers(0, 255, (count, size, size, channels), np.uint8)
+    source = Source(image=image, label=np.zeros(count, np.int32))
+    return {"train": source, "holdout": source}
 
 
-def placement(mesh):
-    return {} if mesh is None else {"place": shard.over_data(mesh), "sharding": shard.replicated(mesh)}
+def sharding(mesh):
+    return jax.sharding.SingleDeviceSharding(jax.devices()[0]) if mesh is None else shard.replicated(mesh)
 
 
-def trained(cfg, mesh, mode):
-    """Scores after training, and where the detector lies."""
-    data = pictures(32) if mesh is None else shard.replicate(pictures(32), mesh)
-    for progress in train.drive(METHOD, KEY, cfg, data, mode=mode, chunk=5, **placement(mesh)):
-        state = progress.state
-    scores = score.score_dataset(METHOD, state, data["train"], batch_size=13)
-    return scores, len(jax.tree.leaves(state.params)[0].devices())
-
-
-def step(cfg, size, mesh):
-    """The compiled training step."""
-    where = jax.sharding.SingleDeviceSharding(jax.devices()[0]) if mesh is None else shard.replicated(mesh)
+def compiled_step(method, cfg, phase, data, mesh):
+    """The step of a phase as a compiled program, and the shapes of the state."""
     place = train.unplaced if mesh is None else shard.over_data(mesh)
-    data, (phase,) = pictures(size), METHOD.phases(cfg)
-    state = jax.eval_shape(lambda key: train.init(METHOD, key, cfg, spec_of(data)), KEY)
-    shapes = (state, jax.eval_shape(lambda: KEY), data["train"], jax.ShapeDtypeStruct((), np.int32))
+    state = jax.eval_shape(lambda key: train.init(method, key, as_arrays(cfg), spec_of(data)), KEY)
+    shapes = (state, jax.eval_shape(lambda: KEY), data[phase.source], jax.ShapeDtypeStruct((), np.int32))
+    where = sharding(mesh)
     arguments = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where), shapes)
 
     def run(state, key, source, t):
         return train.one_step(phase, key, state, source, t, place=place)
 
-    return jax.jit(run, donate_argnums=0, out_shardings=where).lower(*arguments).compile(), state
+    return jax.jit(run, out_shardings=where).lower(*arguments).compile(), state
 
 
-def main():
-    mesh, facts = shard.data_mesh(), {"devices": jax.device_count()}
-    cfg = config("tiny", steps=10, learning_rate=1e-4)
-    alone, _ = trained(cfg, None, "loop")
-    facts["spread"] = float(alone.image.max() - alone.image.min())
-    for mode in ("loop", "chunks"):
-        scores, facts["held_by"] = trained(cfg, mesh, mode)
-        facts[mode] = [float(np.abs(a - b).max()) for a, b in zip(scores, alone, strict=True)]
-    untrained, _ = trained(config("tiny", steps=0), mesh, "loop")
-    facts["learned"] = float(np.abs(untrained.image - alone.image).max())
-    for name, preset, size in (("tiny", "tiny", 32), ("cpu", "cpu", 128)):
-        (one, state), (many, _) = step(config(preset), size, None), step(config(preset), size, mesh)
-        leaves = {part: sum(leaf.size for leaf in jax.tree.leaves(getattr(state, part))) for part in state._fields}
-        facts[name] = {
-            "flops": [compiled.cost_analysis()["flops"] for compiled in (one, many)],
-            "collectives": [shard.collectives(compiled) for compiled in (one, many)],
-            "parameters": leaves["params"],
-            "statistics": leaves["batch_stats"],
-        }
+def run(method, cfg, start, data, mesh):
+    """All phases of a method: (the training step's program, its state's shapes, moments of its gradient, the state)."""
+    programs, state, first = [], jax.device_put(start, sharding(mesh)), None
+    for i, phase in enumerate(method.phases(cfg)):
+        program, shapes = compiled_step(method, cfg, phase, data, mesh)
+        key, source = jax.device_put((train.phase_key(KEY, i), data[phase.source]), sharding(mesh))
+        for t in range(train.num_steps(phase, len(source))):
+            state, _ = program(state, key, source, jax.device_put(np.int32(t), sharding(mesh)))
+            first = first or jax.device_get(state.optimizer)
+        programs.append(program)
+    return programs[0], shapes, first, state
+
+
+def drive(method, cfg, mesh, mode):
+    """Scores after the training that commands do."""
+    placement = {} if mesh is None else {"place": shard.over_data(mesh), "sharding": shard.replicated(mesh)}
+    data = pictures(32) if mesh is None else shard.replicate(pictures(32), mesh)
+    for progress in train.drive(method, KEY, cfg, data, mode=mode, chunk=5, **placement):
+        state = progress.state
+    return score.score_dataset(method, state, data["train"], batch_size=13)
+
+
+def size_of(tree):
+    return sum(leaf.size for leaf in jax.tree.leaves(tree))
+
+
+def counts(programs, state):
+    return {
+        "flops": [program.cost_analysis()["flops"] for program in programs],
+        "collectives": [shard.collectives(program) for program in programs],
+        "parameters": size_of(state.params),
+        "state": size_of(state),
+    }
+
+
+def apart(scores, others):
+    """The largest difference of image scores and of maps."""
+    return [farthest(a, b) for a, b in zip(scores, others, strict=True)]
+
+
+def farthest(array, other):
+    return float(np.abs(array - other).max())
+
+
+def main(name, preset="tiny"):
+    method, mesh, facts = methods.get(name), shard.data_mesh(), {"devices": jax.device_count()}
+    if preset != "tiny":  # too much to be run here
+        cfg, data = config(method, preset), pictures(*map(method.presets[preset].data.get, ("image_size", "channels")))
+        made = [compiled_step(method, cfg, method.phases(cfg)[0], data, given) for given in (None, mesh)]
+        print(json.dumps(facts | counts([program for program, _ in made], made[0][1])))
+        return
+    cfg, data = config(method, "tiny", steps=STEPS, learning_rate=1e-4), pictures(32)
+    start = jax.device_get(jax.jit(lambda key: train.init(method, key, as_arrays(cfg), spec_of(data)))(KEY))
+    programs, scores, moments = [], [], []
+    for given in (None, mesh):
+        program, shapes, first, state = run(method, cfg, start, data, given)
+        facts["held_by"] = len(jax.tree.leaves(state)[0].devices())
+        here = jax.tree.map(jnp.asarray, jax.device_get(state))
+        scores.append(score.score_dataset(method, here, data["train"], batch_size=20))
+        programs.append(program)
+        moments.append([leaf for leaf in jax.tree.leaves(first) if leaf.dtype == np.float32])
+    one, eight = scores
+    facts |= counts(programs, shapes)
+    facts |= {"apart": apart(eight, one), "scale": [float(np.ptp(one.image)), float(np.ptp(one.map))]}
+    facts["moved"] = max(farthest(*both) for both in pairs(start.params, here.params))
+    largest = max(float(np.abs(leaf).max()) for leaf in moments[0])
+    facts["gradient"] = max(farthest(*both) for both in pairs(*moments)) / largest
+    untrained = score.score_dataset(method, jax.tree.map(jnp.asarray, start), data["train"], batch_size=20)
+    facts["learned"] = apart(one, untrained)
+    if name == "memae":  # the driver is the same for every method
+        facts["drive"] = {mode: apart(drive(method, cfg, mesh, mode), one) for mode in ("loop", "chunks")}
     print(json.dumps(facts))
 
 
+def pairs(tree, other):
+    return zip(jax.tree.leaves(tree), jax.tree.leaves(other), strict=True)
+
+
 if __name__ == "__main__":
-    main()
+    main(*sys.argv[1:])
