@@ -575,10 +575,8 @@ def show(rows: list[dict[str, Any]]) -> None:
 
 def tasks_of(names, topologies, programs, dtypes, preset) -> list[Task]:
     """What to compile, the slowest kinds first."""
-    found = []
-    for program in ("sweep", "train", "score"):
-        if program in programs:
-            found += [Task(n, program, d, t, preset) for n in names for d in dtypes for t in topologies]
+    slowest = [program for program in ("sweep", "train", "score") if program in programs]
+    found = [Task(n, program, d, t, preset) for d in dtypes for program in slowest for n in names for t in topologies]
     if "kernels" in programs:  # on one chip, whatever the slice
         chips = {topology.split(":")[0]: topology for topology in reversed(topologies)}
         found += [Task("kernels", "kernels", d, t, None) for d in dtypes for t in chips.values()]
@@ -640,7 +638,9 @@ def main(arguments: list[str] | None = None) -> int:
         for row in rows:
             seconds = "earlier" if row.get("fingerprint") in known else f"{row.get('compile_seconds', 0):.0f} s"
             print(f"compiled {title(row)}: {'FAILED' if row.get('error') else 'ok'}, {seconds}", flush=True)
-        keep(options.json, finished)  # a killed run goes on where it was
+        done = {row.get("fingerprint") for row in finished}
+        # A killed run goes on where it was.
+        keep(options.json, finished + [row for row in earlier if row.get("fingerprint") not in done])
 
     print(NOTE)
     rows = run(tasks, jobs=options.jobs, known=known, each=each)
