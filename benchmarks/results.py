@@ -228,10 +228,10 @@ def _share(case, name):
 
 
 def grouped(records):
-    """Cases with peers, those that differ in batch alone together: {title: cases by batch}. Of the same the first."""
+    """Methods' cases with peers, by batch where all else is the same: {title: cases}. Of the same case the first."""
     groups = {}
     for case in (case for _, record in records if is_raced(record) for case in record["cases"]):
-        if any(c["name"] == "torch" for c in case["contenders"]):
+        if "method" in case and any(c["name"] == "torch" for c in case["contenders"]):
             groups.setdefault(re.sub(r" b\d+ ", " ", case["case"]), {}).setdefault(case["batch"], case)
     return {name: [cases[batch] for batch in sorted(cases)] for name, cases in groups.items()}
 

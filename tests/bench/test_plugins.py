@@ -52,6 +52,7 @@ def record_with(batch, ratio):
     pairs = {"median": ratio, "spread": 0.1, "range": 0.2, "pairs": [ratio]}
     case = {
         "case": f"m cpu 8x8x1 score b{batch} float32",
+        "method": "m",
         "batch": batch,
         "contenders": [contender("jaxad", 0.1), contender("torch", 0.1 * ratio)],
         "time_over": {"name": "jaxad", "ratios": {"torch": pairs}},
