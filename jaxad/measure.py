@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxad import metrics, score
+from jaxad import adaptation, metrics, score
 from jaxad.core import Scores, Source, select
 from jaxad.data import Dataset
 from jaxad.detector import Detector, batch_size_for
@@ -48,6 +48,9 @@ def measure(detector: Detector, data: Dataset, *, f1max: bool = False) -> tuple[
     pixel = {} if evaluation.pixels is None else jax.device_get(jax.jit(metrics.pixel_metrics)(evaluation.pixels))
     scored = evaluation.image, evaluation.map_max, evaluation.map_mean
     result |= figures(*scored, pixel, calibration, labels=labels, groups=facts.groups, f1max=f1max)
+    if detector.method.ordered is not None and any(facts.groups):
+        videos = np.asarray(facts.groups)
+        result |= adaptation.measure_ordered(detector.method, detector.state, source, videos, labels)
     result["score_seconds"] = evaluation.seconds
     result["score_compile_seconds"] = evaluation.compile_seconds
     result["score_images_per_second"] = len(source) / max(evaluation.seconds, 1e-9)

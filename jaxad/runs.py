@@ -23,7 +23,7 @@ import pathlib
 import signal
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -32,7 +32,7 @@ from jax.sharding import Mesh
 
 from jaxad import checkpoint, distributed, score, settings, shard, train
 from jaxad.console import Console
-from jaxad.core import Method, Phase, Spec, spec_of
+from jaxad.core import Method, Phase, Spec, as_arrays, spec_of
 from jaxad.data import Dataset, load
 from jaxad.detector import Detector, batch_size_for
 from jaxad.files import (
@@ -381,6 +381,7 @@ def eval_run(
     *,
     data: str | None = None,
     fpr: float | None = None,
+    fields: Mapping[str, Any] | None = None,
     f1max: bool = False,
     console: Console | None = None,
 ) -> dict[str, Any]:
@@ -391,17 +392,25 @@ def eval_run(
       out: where to write; made if need be.
       data: what to test on; None for the run's own data.
       fpr: recalibrates the threshold on the run's held-out normals; None keeps it.
+      fields: other values of the method's config that leave what was trained as it is, such as how it adapts; they
+        recalibrate too.
       f1max: take the threshold from the labelled test set (optimistic, and marked so).
       console: where to show what happens.
 
     Returns:
       The content of report.json.
+
+    Raises:
+      ValueError: `fields` that would need another training.
     """
     console = console or Console(quiet=True)
     detector = load_detector(run)
     chosen, _ = read_config(pathlib.Path(run))
     began = time.perf_counter()
     own = None
+    if fields:
+        detector, chosen = _with_fields(detector, chosen, fields)
+        fpr = chosen.fpr if fpr is None else fpr
     if fpr is not None or data is None:
         own = load(chosen.data, seed=chosen.seed, **chosen.load_arguments())
     if fpr is not None and own is not None:
@@ -414,6 +423,23 @@ def eval_run(
     folder = pathlib.Path(out)
     folder.mkdir(parents=True, exist_ok=True)
     return finish_run(detector, tested.to_device(), chosen, timings, folder, f1max=f1max)
+
+
+def _with_fields(
+    detector: Detector, chosen: settings.Settings, fields: Mapping[str, Any]
+) -> tuple[Detector, settings.Settings]:
+    """The detector with other values of its config, and its settings; ValueError where its arrays would change."""
+    method, before = detector.method, jax.tree.leaves(detector.state)
+    chosen, cfg = settings.resolve(method, dataclasses.replace(chosen, config={**chosen.config, **fields}))
+    method.check(cfg, detector.spec)
+    after = jax.tree.leaves(template(method, cfg, detector.spec))
+    if [leaf.shape for leaf in after] != [leaf.shape for leaf in before]:
+        given = " ".join(f"--set {name}={value}" for name, value in fields.items())
+        raise ValueError(
+            f"{given} changes what is trained; expected fields that change how a trained {method.name} scores. "
+            f"Train another: jaxad train {method.name} {given}."
+        )
+    return detector._replace(state=detector.state._replace(cfg=as_arrays(cfg))), chosen
 
 
 # --- reading a run back -------------------------------------------------------------------------------------------

@@ -117,26 +117,28 @@ def evaluate(
     run: tyro.conf.Positional[str],
     *,
     data: str | None = None,
+    set: tyro.conf.UseAppendAction[list[str]] = [],  # noqa: A002, B006 - the flag's name; tyro copies it
     fpr: float | None = None,
     threshold: Literal["holdout", "f1max"] = "holdout",
     out: str | None = None,
     quiet: Flag = False,
 ) -> None:
-    """Evaluate a trained run again: on other data, or at another threshold.
+    """Evaluate a trained run again: on other data, with other settings of scoring, or at another threshold.
 
     Args:
       run: folder of the run.
       data: other data to test on; its normal training pictures are not used. The run's own if not given.
+      set: field=value of the method's config, for fields that change how it scores; may be repeated.
       fpr: another false-positive rate, for a threshold from the run's held-out normals.
       threshold: from held-out normals, or F1-max on the labelled test pictures (optimistic; the report says so).
       out: folder for report and scores; RUN/eval if not given.
       quiet: print nothing.
     """
-    from jaxad import files, runs
+    from jaxad import files, runs, settings
 
-    console = Console(quiet)
+    console, fields = Console(quiet), settings.parse_assignments(set)
     folder = pathlib.Path(out) if out else files.free_folder(pathlib.Path(run), "eval")
-    report = runs.eval_run(run, folder, data=data, fpr=fpr, f1max=threshold == "f1max", console=console)
+    report = runs.eval_run(run, folder, data=data, fpr=fpr, fields=fields, f1max=threshold == "f1max", console=console)
     console.table([{"method": report["method"], **measures_of(report)}])
     console.say(f"Look at {folder / 'report.html'}")
 
