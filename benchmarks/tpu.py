@@ -606,7 +606,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--methods", type=listed, default=("all",), help="names with commas, or all")
     parser.add_argument("--topologies", type=listed, default=TOPOLOGIES, help=f"default {','.join(TOPOLOGIES)}")
     parser.add_argument("--programs", type=listed, default=PROGRAMS, help=f"of {','.join(PROGRAMS)}")
-    parser.add_argument("--dtypes", type=listed, default=DTYPES, help=f"of {','.join(DTYPES)}")
+    parser.add_argument(
+        "--dtypes", type=listed, default=DTYPES[:1], help=f"of {','.join(DTYPES)}; the presets' if not given"
+    )
     parser.add_argument("--preset", help="of every method; default: the first of each, meant for accelerators")
     parser.add_argument("--jobs", type=int, default=min(2, os.cpu_count() or 1), help="processes that compile")
     parser.add_argument("--json", type=pathlib.Path, default=FOLDER / "estimates.json", help="results, kept")
