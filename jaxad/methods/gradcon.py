@@ -263,7 +263,7 @@ def validate_step(key: Array, state: GradConState, batch: Batch):
         gradient_sum=jax.tree.map(jnp.add, choice.gradient_sum, gradients),
         rows=choice.rows + weight.sum(),
     )
-    return state._replace(choice=choice), {}
+    return state._replace(choice=choice), {"reconstruction": error / jnp.maximum(weight.sum(), 1)}
 
 
 def choose_round(key: Array, state: GradConState, *, is_written: bool, is_last: bool) -> GradConState:
