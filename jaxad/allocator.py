@@ -2,7 +2,7 @@
 
 XLA-CPU allocates the temporary memory of a program anew at every call. glibc gives blocks above 32 MiB back to the
 kernel when they are freed, and the kernel clears them page by page when they are touched again: 110,000 page faults in
-a training step of MemAE at 128x128, a third of its time (benchmarks/RESULTS.md).
+a training step of MemAE (`mvtec`, 128x128, batch 16), which takes 0.65 of the time without them on two cores.
 """
 
 from __future__ import annotations
