@@ -11,7 +11,7 @@ import argparse
 import pathlib
 
 from benchmarks.common import race
-from jaxad import methods, settings
+from jaxad import allocator, methods, settings
 from jaxad.bench.methods import cases, set_up
 
 
@@ -41,4 +41,5 @@ def main():
 
 
 if __name__ == "__main__":
+    allocator.keep_freed_memory()  # as the command line does
     main()

@@ -179,4 +179,5 @@ def main():
 
 
 if __name__ == "__main__":
+    allocator.keep_freed_memory()  # as the command line does
     main()

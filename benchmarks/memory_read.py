@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.common import race
+from jaxad import allocator
 from jaxad.bench.case import Case, Contender
 from jaxad.bench.program import compile_program
 from jaxad.ops.memory import read_memory
@@ -111,4 +112,5 @@ def main():
 
 
 if __name__ == "__main__":
+    allocator.keep_freed_memory()  # as the command line does
     main()

@@ -17,6 +17,7 @@ import numpy as np
 
 from benchmarks import peers
 from benchmarks.common import race
+from jaxad import allocator
 from jaxad.bench.case import Case, Contender
 from jaxad.bench.program import compile_program
 from jaxad.ops import prototypes
@@ -160,4 +161,5 @@ def main():
 
 
 if __name__ == "__main__":
+    allocator.keep_freed_memory()  # as the command line does
     main()

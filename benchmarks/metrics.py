@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.common import race
-from jaxad import metrics
+from jaxad import allocator, metrics
 from jaxad.bench.case import Case, Contender
 from jaxad.bench.program import compile_program
 
@@ -133,4 +133,5 @@ def main():
 
 
 if __name__ == "__main__":
+    allocator.keep_freed_memory()  # as the command line does
     main()
