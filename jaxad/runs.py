@@ -101,6 +101,7 @@ def train_run(
         raise ValueError(f"{out} holds a run already; pass --resume to go on with it, or another --out.")
     mesh = _mesh(mesh)
     if mesh is not None:
+        shard.check_one_run(mesh)
         shard.check_batches(method.phases(cfg), mesh)
     began = time.perf_counter()
     data = data or load(chosen.data, seed=chosen.seed, **chosen.load_arguments())

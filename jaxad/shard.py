@@ -86,24 +86,25 @@ class _OverData:
         return jax.tree.map(lambda leaf: jax.lax.with_sharding_constraint(leaf, where), batch)
 
 
-def check_batches(phases: Sequence[Phase], mesh: Mesh) -> None:
-    """Refuses a mesh that cannot split the batches of a training run.
-
-    Raises:
-      ValueError: members of a sweep to spread where there is one run, or a batch that the devices do not divide.
-    """
-    devices = mesh.shape["data"]
+def check_one_run(mesh: Mesh) -> None:
+    """Refuses a mesh that spreads members where there is one run. Raises ValueError."""
     if mesh.shape["run"] > 1:
         raise ValueError(
             f"--mesh run={mesh.shape['run']} spreads the members of a sweep; expected data only, this is one run. "
             f"Pass --mesh data={mesh.size}."
         )
+
+
+def check_batches(phases: Sequence[Phase], mesh: Mesh) -> None:
+    """Refuses a mesh that cannot split the batches of the phases. Raises ValueError."""
+    devices, run = mesh.shape["data"], mesh.shape["run"]
     for phase in phases:
         if phase.batch_size % devices:
             fitting = max(n for n in range(1, devices + 1) if phase.batch_size % n == 0)
             raise ValueError(
                 f"--mesh data={devices}: phase '{phase.name}' has batches of {phase.batch_size}, which {devices} "
-                f"devices do not divide; expected a divisor. Pass --mesh data={fitting}, or another batch size."
+                "devices do not divide; expected a divisor. "
+                f"Pass --mesh {f'run={run},' if run > 1 else ''}data={fitting}, or another batch size."
             )
 
 

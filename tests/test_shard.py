@@ -144,7 +144,7 @@ def test_a_mesh_that_does_not_fit_is_refused_before_work(monkeypatch):
     with pytest.raises(
         ValueError, match=r"run=2 spreads the members of a sweep; expected data only.* Pass --mesh data=4"
     ):
-        shard.check_batches(phases, shard.make_mesh(run=2, data=2))
+        shard.check_one_run(shard.make_mesh(run=2, data=2))
     for mesh in ("data=3", "run=2", "data=9"):
         with pytest.raises(ValueError, match=r"mesh .* expected .* Pass --mesh data="):
             runs.fit_detector("toy", "no/such/data", mesh=mesh)

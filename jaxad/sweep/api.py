@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 
-from jaxad import methods, settings
+from jaxad import methods, settings, shard
 from jaxad.console import Console
 from jaxad.core import Method
 from jaxad.sweep import stats
@@ -101,6 +101,9 @@ def run_request(
     request = dataclasses.replace(request, base=dataclasses.replace(request.base, preset=preset))
     members = members_of(method, request)
     base_cell = find_cell(members, base)
+    if limits.mesh is not None:
+        for member in members:
+            shard.check_batches(method.phases(member.cfg), limits.mesh)
     library = Library()
     groups = _plan(method, members, library, console)
     folder = Folder(pathlib.Path(out) if out is not None else None)

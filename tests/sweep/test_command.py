@@ -174,6 +174,7 @@ def test_without_pyarrow_the_table_is_csv(finished, command, monkeypatch):
         (["--data", "synthetic", "--data", "nowhere"], ["nowhere: no such file or folder"]),
         (["--mesh", "rows=2"], ["--mesh 'rows=2'"]),
         (["--mesh", "run=64"], ["needs 64 devices", "the 4 devices here"]),
+        (["--mesh", "data=3"], ["--mesh data=3: phase 'train' has batches of ", "Pass --mesh data="]),
         (["--workers", "-1"], ["--workers -1", "at least 0 workers"]),
         (["--members", "0"], ["--members 0", "1 member at a time"]),
     ],
