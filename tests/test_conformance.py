@@ -29,7 +29,13 @@ SMALL = {
         "num_items": 20,
         "shrink_threshold": 0.04,
     },
-    "mnad": {"steps": 5, "batch_size": 8, "widths": (8, 12), "num_items": 4},
+    "mnad": {
+        "steps": 5,
+        "batch_size": 8,
+        "widths": (8, 12),
+        "num_items": 4,
+        "image_score": "combined",  # the one that reads the leaf psnr_weight
+    },
 }
 CHANGE = {
     "gradcon": {"smooth_sigma": 60.0},

@@ -1,9 +1,9 @@
 """MNAD in plain PyTorch, the way its public implementation works: eager modules and autograd, a Python loop over items
 for the update, items gathered for the losses, softmaxes over queries and over items.
 
-Decisions that favour the peer: pictures wait as tensors on its device, testing runs without gradients, statistics and
-maps of single pictures are computed as in jaxad, since the public code has none. Of the settings, those of the public
-code are here; others are refused.
+Decisions that favour the peer: pictures wait as tensors on its device, and testing runs without gradients. Maps of
+single pictures and what normalises them are as in jaxad, since the public code has none. Of the settings, those of the
+public code are here; others are refused.
 """
 
 from __future__ import annotations
@@ -223,10 +223,6 @@ def make(state, spec, *, device: str, wrap) -> Peer:
         optimizer.step()
         return {"loss": loss.detach()}
 
-    def statistics(batch):
-        score(batch.image)
-        return {}
-
     def score(images):
         model.eval()
         with torch.no_grad(), precision():
@@ -238,8 +234,7 @@ def make(state, spec, *, device: str, wrap) -> Peer:
         optimizer.state.clear()
         done = 0
 
-    made = {"train": step, **({} if cfg.score_norm == "none" else {"statistics": statistics})}
-    return Peer(score=score, steps=made, reset=reset, module=model)
+    return Peer(score=score, steps={"train": step}, reset=reset, module=model)
 
 
 def _stretch(values, seen):

@@ -303,7 +303,10 @@ def moved_items(cfg: MNADConfig, items: Array, outcome: Outcome) -> Array:
 
 
 def statistics_step(key: Array, state: MNADState, batch: Batch):
-    """Folds a batch of normal pictures into the statistics that scores are normalised by."""
+    """Folds a batch of normal pictures into the statistics that scores are normalised by.
+
+    Its metric "psnr" (dB) is the mean over the pictures seen so far.
+    """
     del key
     outcome, parts = look(state, batch.image)
     seen = (parts.psnr, parts.distance, *full_maps(state.cfg, parts))
@@ -312,7 +315,8 @@ def statistics_step(key: Array, state: MNADState, batch: Batch):
     if outcome.matches is not None:
         is_nearest = outcome.matches.is_nearest.reshape(*outcome.queries.shape[:2], -1)
         assigned = assigned + jnp.einsum("bkm,b->m", is_nearest.astype(jnp.float32), batch.valid.astype(jnp.float32))
-    return state._replace(statistics=Statistics(*folded), assigned=assigned), {}
+    statistics = Statistics(*folded)
+    return state._replace(statistics=statistics, assigned=assigned), {"psnr": statistics.psnr.mean}
 
 
 def phases(cfg: MNADConfig) -> tuple[Phase, ...]:
