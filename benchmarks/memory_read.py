@@ -3,10 +3,10 @@
     python -m benchmarks.memory_read --json benchmarks/results/cpu/memory_read.json
 
 Needs jax, flax and numpy only. Outputs, and gradients with respect to queries and items, are compared with a float64
-NumPy version. Of millions of weights some lie within rounding of the threshold and may be read by one form and not by
-another, which changes what such a query reads by one item of hundreds, 1 to 2% of the largest value: hence the
-tolerance. Expected on two cores: fused 1.2 to
-1.6 times as fast, and a twentieth of the temporary memory (benchmarks/RESULTS.md).
+NumPy version. A weight within rounding of the threshold may be read by one form and not by the other, which changes
+what such a query reads by the weight of one item in hundreds: hence the tolerance. Expected on two cores: fused needs a
+third to a fourteenth of the memory and 1.0 to 1.1 times the time (benchmarks/RESULTS.md); where freed memory goes back
+to the kernel, as it does by default, the naive form's page faults make it 1.2 to 1.6 times slower than fused.
 """
 
 import argparse

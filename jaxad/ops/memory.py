@@ -60,9 +60,10 @@ def read_memory(
 
     "naive" stores the T x N weights. "fused" never does: temporary memory is a few blocks of logits, and the backward
     pass keeps a handful of numbers per query. "pallas" does the same in TPU kernels, interpreted on CPU. "fused" is the
-    default because it was not slower than "naive" at any size tried on CPU; where all queries fit in one block it is
-    the same arithmetic without a loop. Logits, weights and sums are float32 whatever the dtype of the inputs; how
-    exactly float32 inputs are multiplied is up to `jax.default_matmul_precision`.
+    default because it needs a third to a fourteenth of the memory at 1.0 to 1.1 times the time of "naive" on CPU
+    (benchmarks/RESULTS.md); where all queries fit in one block it is the same arithmetic without a loop. Logits,
+    weights and sums are float32 whatever the dtype of the inputs; how exactly float32 inputs are multiplied is up to
+    `jax.default_matmul_precision`.
 
     Reverse-mode differentiable in queries, memory and temperature. The gradient of the threshold is zero.
 
