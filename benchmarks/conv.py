@@ -88,18 +88,21 @@ def parts(large, padded=None):
             yield (i, j), padded[:, i : i + height : 2, j : j + width : 2]
 
 
-def torch_contender(*, is_transposed, is_gradient, flops):
-    """oneDNN's convolution, channels first, as torch runs it by default."""
+def torch_contender(name, *, is_transposed, is_gradient, flops):
+    """oneDNN's convolution: "torch" channels first, its default; "torch channels last", as torch.compile may choose."""
     import torch
     from torch.nn import functional
 
     torch.set_num_threads(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
 
+    layout = torch.channels_last if name.endswith("last") else torch.contiguous_format
+
     def put(drawn):
         image, kernel, grad = drawn
         taps = kernel[::-1, ::-1].transpose(2, 3, 0, 1) if is_transposed else kernel.transpose(3, 2, 0, 1)
         image, grad = (x.transpose(0, 3, 1, 2) for x in (image, grad))
-        return tuple(torch.from_numpy(np.array(x, order="C")) for x in (image, taps, grad))
+        placed = (torch.from_numpy(np.array(x, order="C")) for x in (image, taps, grad))
+        return tuple(x.contiguous(memory_format=layout) for x in placed)
 
     def forward(image, kernel):
         if is_transposed:
@@ -122,7 +125,7 @@ def torch_contender(*, is_transposed, is_gradient, flops):
             found["d_kernel"] = taps.transpose(2, 3, 0, 1)[::-1, ::-1] if is_transposed else taps.transpose(2, 3, 1, 0)
         return found
 
-    return Contender("torch", run, put=put, wait=lambda result: result, fetch=fetch, flops=flops)
+    return Contender(name, run, put=put, wait=lambda result: result, fetch=fetch, flops=flops)
 
 
 def case_of(layer, impls, *, batch, is_gradient):
@@ -149,7 +152,10 @@ def case_of(layer, impls, *, batch, is_gradient):
             )
         )
     if importlib.util.find_spec("torch"):
-        contenders.append(torch_contender(is_transposed=is_transposed, is_gradient=is_gradient, flops=flops))
+        contenders += [
+            torch_contender(name, is_transposed=is_transposed, is_gradient=is_gradient, flops=flops)
+            for name in ("torch", "torch channels last")
+        ]
     work = "gradient" if is_gradient else "forward"
     name = f"{'transposed' if is_transposed else 'convolution'} {pixels}x{pixels} {inputs}->{outputs} {work}"
     return Case(

@@ -11,7 +11,7 @@ Flag = tyro.conf.FlagCreatePairsOff[bool]
 
 
 def measures_of(report: dict[str, Any]) -> dict[str, Any]:
-    """The columns of the table that a verb prints."""
+    """The columns of the table that a verb prints; one more for a detector that adapts along videos."""
     names = {
         "image AUROC": "image_auroc",
         "image AP": "image_ap",
@@ -22,7 +22,8 @@ def measures_of(report: dict[str, Any]) -> dict[str, Any]:
         "train s": "train_seconds",
         "compile s": "compile_seconds",
     }
-    return {title: report.get(name) for title, name in names.items()}
+    in_order = {"AUROC in order": report["ordered_auroc"]} if "ordered_auroc" in report else {}
+    return {title: report.get(name) for title, name in names.items()} | in_order
 
 
 def parse_size(text: str | None) -> int | tuple[int, int] | None:

@@ -401,15 +401,17 @@ def video_run(tmp_path_factory):
     return root / "run"
 
 
-def test_videos_are_measured_in_order_from_the_command_line(video_run, tmp_path):
+def test_videos_are_measured_in_order_from_the_command_line(video_run, tmp_path, capsys):
     """After training, and again in each mode; the first 4 of the 9 frames of both test videos have no score."""
     from jaxad.cli import main
 
     def measured(mode):
         out = tmp_path / mode.replace(" ", "-")
         changes = [part for field in mode.split() for part in ("--set", field)]
-        main(["eval", str(video_run), *changes, "--out", str(out), "--quiet"])
-        return json.loads((out / "report.json").read_text())
+        main(["eval", str(video_run), *changes, "--out", str(out)])
+        report = json.loads((out / "report.json").read_text())
+        assert "AUROC in order" in capsys.readouterr().out
+        return report
 
     found = {"none": measured("test_update=none"), "by one": measured("test_update=chunked update_chunk=1")}
     trained = json.loads((video_run / "report.json").read_text())
