@@ -68,6 +68,11 @@ def lowering_for(*, platform: str | None = None, members: bool = False, looped: 
         _target.reset(token)
 
 
+def target_platform() -> str:
+    """What `lowering_for` says that is traced for: "cpu", "gpu" or "tpu"."""
+    return _target.get().platform or jax.default_backend()
+
+
 def choose_impl(impl: str, outputs: int, *, mixed: bool = False) -> str:
     """Resolves "auto" at trace time, by the target that `lowering_for` names; the one place where this is decided.
 
@@ -87,7 +92,7 @@ def choose_impl(impl: str, outputs: int, *, mixed: bool = False) -> str:
     if impl != "auto":
         return impl if mixed or impl != "mixed" else "conv"
     target = _target.get()
-    if (target.platform or jax.default_backend()) != "cpu":
+    if target_platform() != "cpu":
         return "conv"
     if target.members or target.looped:
         return "gemm"
