@@ -35,7 +35,8 @@ from jaxad.nn import init
 
 IMPLS = ("auto", "conv", "mixed", "gemm")
 _NARROW = 32  # outputs (phases x channels) under which a GEMM of windows loses to XLA-CPU's convolution
-_MIN_COLUMNS = 64  # a product of fewer columns does not pay for its reading
+_MIN_COLUMNS = 32  # a product of fewer columns does not pay for its reading
+_JOINED_COLUMNS = 256  # a product of more columns gains nothing from being joined with another
 
 
 class _Target(NamedTuple):
@@ -205,7 +206,7 @@ def _kernel_gradient(large: Array, small: Array, window: _Window) -> Array:
     Windows are gathered along the inner axes only, as many as it takes to fill a product. Along an outer axis of
     stride s the rows are split into s phases, and a tap meets one of the phases with the smaller image shifted: the
     products read both images little more than once, where gathering whole windows would copy the larger one taps / s
-    times an axis.
+    times an axis. Three taps and more that meet the same phase share products of up to `_JOINED_COLUMNS` columns.
 
     Args:
       large: (B, *size, C).
@@ -223,18 +224,33 @@ def _kernel_gradient(large: Array, small: Array, window: _Window) -> Array:
     for axis, stride in enumerate(strides):
         split = _split(split, 1 + 2 * axis, stride)
         blocks.append(split.shape[1 + 2 * axis])
-    products, rows = [], {}
+    products: dict[tuple[int, ...], Array] = {}
+    for phase, shifts in _taps_by_phase(window, outer).items():
+        part = split[(slice(None), *itertools.chain(*((slice(None), p) for p in phase)))]
+        seen = _runs(part, window) if outer == rank - 1 else _inner_columns(part, window, outer)
+        taps = list(shifts)
+        together = max(1, _JOINED_COLUMNS // small.shape[-1]) if len(taps) > 2 else 1
+        for some in (taps[i : i + together] for i in range(0, len(taps), together)):
+            edges = [[(at, b - n - at) for at, b, n in zip(shifts[tap], blocks, counts, strict=True)] for tap in some]
+            product = _contract_rows(seen, jnp.concatenate([_pad(small, e) for e in edges], axis=-1))
+            products |= zip(some, jnp.moveaxis(product.reshape(-1, len(some), small.shape[-1]), 1, 0), strict=True)
+    return jnp.stack([products[tap] for tap in sorted(products)]).reshape(*window.taps, channels, small.shape[-1])
+
+
+def _taps_by_phase(window: _Window, outer: int) -> dict[tuple[int, ...], dict[tuple[int, ...], tuple[int, ...]]]:
+    """The taps along the first `outer` axes by the phase of the larger image that they meet: {phase: {tap: shifts of
+    the smaller image}}."""
+    found: dict[tuple[int, ...], dict[tuple[int, ...], tuple[int, ...]]] = {}
     for tap in itertools.product(*map(range, window.taps[:outer])):
-        places = [divmod(t - before, s) for t, s, (before, _) in zip(tap, strides, window.padding, strict=False)]
-        phase = tuple(p for _, p in places)
-        if phase not in rows:
-            part = split[(slice(None), *itertools.chain(*((slice(None), p) for p in phase)))]
-            rows[phase] = _runs(part, window) if outer == rank - 1 else _inner_columns(part, window, outer)
-        facing = _pad(small, [(shift, b - n - shift) for (shift, _), b, n in zip(places, blocks, counts, strict=True)])
-        # As matrices: XLA would transpose arrays of higher rank in memory.
-        seen, faced = (x.reshape(-1, x.shape[-1]) for x in (rows[phase], facing))
-        products.append(lax.dot_general(seen, faced, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32))
-    return jnp.stack(products).reshape(*window.taps, channels, small.shape[-1])
+        places = [divmod(t - before, s) for t, s, (before, _) in zip(tap, window.strides, window.padding, strict=False)]
+        found.setdefault(tuple(p for _, p in places), {})[tap] = tuple(shift for shift, _ in places)
+    return found
+
+
+def _contract_rows(left: Array, right: Array) -> Array:
+    """(..., M) and (..., N) -> (M, N) float32. As matrices: XLA would transpose arrays of higher rank in memory."""
+    left, right = (x.reshape(-1, x.shape[-1]) for x in (left, right))
+    return lax.dot_general(left, right, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32)
 
 
 def _runs(part: Array, window: _Window) -> Array:

@@ -359,7 +359,7 @@ def test_error_for_kernels_on_a_gpu(monkeypatch):
 def test_kernels_compile_for_a_tpu(dtype, similarity):
     if importlib.util.find_spec("libtpu") is None:
         pytest.skip("needs the TPU compiler: pip install libtpu")
-    os.environ["TPU_SKIP_MDS_QUERY"] = "1"
+    os.environ["TPU_SKIP_MDS_QUERY"] = os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"
     from jax.experimental import topologies
 
     chip = topologies.get_topology_desc("v5e:2x2", platform="tpu").devices[0]
