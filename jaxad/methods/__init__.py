@@ -13,6 +13,7 @@ METHODS = {
     "gradcon": "jaxad.methods.gradcon",
     "memae": "jaxad.methods.memae",
     "mnad": "jaxad.methods.mnad",
+    "patch_svdd": "jaxad.methods.patch_svdd",
 }
 
 
