@@ -38,7 +38,7 @@ class _Cells(NamedTuple):
     width: int
 
     @property
-    def count(self) -> int:
+    def total(self) -> int:
         return self.rows * self.columns
 
     @property
@@ -115,7 +115,7 @@ def slic(
             "Pass connectivity='none'."
         )
     labels = jax.vmap(lambda image: _slic(image, cells, compactness, iterations))(images)
-    return labels if connectivity == "none" else jax.vmap(lambda own: keep_largest(own, count=cells.count))(labels)
+    return labels if connectivity == "none" else jax.vmap(lambda own: keep_largest(own, count=cells.total))(labels)
 
 
 def _slic(image: Array, cells: _Cells, compactness: Array | float, iterations: int) -> Array:
@@ -132,9 +132,9 @@ def _slic(image: Array, cells: _Cells, compactness: Array | float, iterations: i
         return centres, _nearest(pixels, step, centres, cells)
 
     # Both centres and assignment are carried, so that neither is computed again within what reads it.
-    home = jnp.full((cells.size, cells.count), _HOME, jnp.int32)
-    _, which = lax.fori_loop(0, iterations, turn, (jnp.zeros((5, cells.count)), home))
-    labels = jnp.arange(cells.count) + (which // 3 - 1) * cells.columns + which % 3 - 1
+    home = jnp.full((cells.size, cells.total), _HOME, jnp.int32)
+    _, which = lax.fori_loop(0, iterations, turn, (jnp.zeros((5, cells.total)), home))
+    labels = jnp.arange(cells.total) + (which // 3 - 1) * cells.columns + which % 3 - 1
     by_pixel = labels.reshape(cells.height, cells.width, cells.rows, cells.columns)
     return by_pixel.transpose(2, 0, 3, 1).reshape(image.shape[:2])
 
@@ -147,7 +147,7 @@ class _Pixels(NamedTuple):
 def _by_cell(plane: Array, cells: _Cells) -> Array:
     """(H, W) -> (pixels of a cell, cells)."""
     split = plane.reshape(cells.rows, cells.height, cells.columns, cells.width)
-    return split.transpose(1, 3, 0, 2).reshape(cells.size, cells.count)
+    return split.transpose(1, 3, 0, 2).reshape(cells.size, cells.total)
 
 
 def _neighbours(values: Array, offset: tuple[int, int], cells: _Cells, fill: float) -> Array:
@@ -183,7 +183,7 @@ def _means(pixels: _Pixels, step: Array, centres: Array, which: Array, cells: _C
     lab, place = (jnp.pad(part, [(0, 0), *spare]) for part in pixels)
     which, partial = jnp.pad(which, spare), []
     for index in range(len(_OFFSETS)):
-        colours, places = jnp.zeros((3, length, cells.count)), jnp.zeros((3, length, cells.count))
+        colours, places = jnp.zeros((3, length, cells.total)), jnp.zeros((3, length, cells.total))
         for start in range(0, terms * length, length):
             rows = slice(start, start + length)
             is_mine = which[rows] == index
@@ -191,7 +191,7 @@ def _means(pixels: _Pixels, step: Array, centres: Array, which: Array, cells: _C
             places += jnp.where(is_mine, place[:, rows], 0.0)
         partial.append(jnp.concatenate([colours, places]))
     by_offset = lax.optimization_barrier(jnp.stack(partial)).sum(axis=2)  # (9, 6, K)
-    totals = jnp.zeros((6, cells.count))
+    totals = jnp.zeros((6, cells.total))
     for found, offset in zip(by_offset, _OFFSETS, strict=True):
         moved = found.at[3:5].add(-(jnp.array(offset) * step)[:, None] * found[5])
         totals += _neighbours(moved, (-offset[0], -offset[1]), cells, 0.0)
