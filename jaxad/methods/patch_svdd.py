@@ -394,12 +394,13 @@ def init(key: Array, cfg: PatchSVDDConfig, spec: Spec) -> PatchSVDDState:
 
 
 def mean_step(key: Array, state: PatchSVDDState, batch: Batch):
-    """Folds a batch into the mean picture."""
+    """Folds a batch into the mean picture; metric: its mean."""
     del key
     weight = batch.valid.astype(jnp.float32)
     pictures = state.pictures + weight.sum()
     change = jnp.einsum("b,bhwc->hwc", weight, batch.image - state.mean) / jnp.maximum(pictures, 1.0)
-    return state._replace(mean=state.mean + change, pictures=pictures), {}
+    mean = state.mean + change
+    return state._replace(mean=mean, pictures=pictures), {"brightness": mean.mean()}
 
 
 def safe_norm(x: Array) -> Array:
@@ -558,13 +559,14 @@ def distances(state: PatchSVDDState, images: Array) -> Sizes:
     cfg, found = state.cfg, []
     shapes = grid_shapes(cfg, images.shape[1:3])
     for embedded, bank, filled, shape in zip(embed(state, images), state.banks, state.filled, shapes, strict=True):
-        rows = bank.reshape(-1, bank.shape[-1])
+        rows, valid = bank.reshape(-1, bank.shape[-1]), filled.reshape(-1)
+        valid = valid | ~valid.any()  # before training: the zeros that stand there
         count = kept_rows(cfg, rows.shape[0])
         neighbours = nearest(
             embedded.reshape(-1, embedded.shape[-1]),
             rows[:count],
             k=cfg.neighbours,
-            valid=filled.reshape(-1)[:count],
+            valid=valid[:count],
             precision=cfg.precision,
             approximate=cfg.approximate,
         )
@@ -586,7 +588,7 @@ def fuse(cfg: PatchSVDDConfig, found: Sizes, size: tuple[int, int]) -> Array:
 
 
 def score(state: PatchSVDDState, images: Array) -> Scores:
-    """Distances of patches to the bank, spread over the picture.
+    """Distances of patches to the bank, spread over the picture. Of an empty bank: the lengths of embeddings.
 
     Args:
       state: the detector.
