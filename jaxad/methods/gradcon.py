@@ -37,6 +37,7 @@ from jaxad.core import Array, Batch, Method, Phase, Preset, Scores, Spec, config
 from jaxad.nn import init as draw
 from jaxad.nn.strided import Layer, Pass, StridedAutoencoder, apply_layer, sizes
 from jaxad.ops import gradient_cosine
+from jaxad.ops.blocks import devices_of_rows, map_blocks
 from jaxad.ops.gradient_cosine import gradient_moments, safe_cosine
 from jaxad.ops.smooth import gaussian_smooth
 from jaxad.ops.space_to_depth import TAPS, patches, unfold_kernel
@@ -440,7 +441,8 @@ def score(state: GradConState, images: Array) -> Scores:
     """
     cfg = state.cfg
     tiles = to_tiles(cfg, images)
-    found, maps = in_chunks(lambda x: _score_whole(state, x), tiles, chunk_size(cfg, tiles.shape[1:]))
+    rows = chunk_size(cfg, tiles.shape[1:]) * devices_of_rows()
+    found, maps = map_blocks(lambda x: _score_whole(state, x), tiles, rows=rows)
     per_image = found.reshape(images.shape[0], -1)
     image = per_image.mean(axis=1) if cfg.tile_score == "mean" else per_image.max(axis=1)
     maps = from_tiles(cfg, maps, images.shape[1:3])
@@ -492,17 +494,6 @@ def numbers_per_sample(cfg: GradConConfig, shape: tuple[int, ...]) -> int:
 def chunk_size(cfg: GradConConfig, shape: tuple[int, ...]) -> int:
     """Samples (H, W, C) that are scored at a time so that they stay below `memory_mb`."""
     return max(1, 2**18 * cfg.memory_mb // numbers_per_sample(cfg, shape))
-
-
-def in_chunks(run: Any, x: Array, chunk: int) -> Any:
-    """`run` over the leading axis of x in equal chunks, one after the other; the last is filled with its last row."""
-    count = -(-x.shape[0] // chunk)
-    if count == 1:
-        return run(x)
-    each = -(-x.shape[0] // count)
-    rows = jnp.minimum(jnp.arange(count * each), x.shape[0] - 1)
-    results = lax.map(run, x[rows].reshape(count, each, *x.shape[1:]))
-    return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:])[: x.shape[0]], results)
 
 
 # --- what can be chosen -------------------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxad.ops.blocks import devices_of_rows
+from jaxad.ops.blocks import devices_of_rows, fold_blocks
 
 Array = jax.Array
 
@@ -284,7 +284,7 @@ def _forward_blocks(queries, tables, threshold, use_top1, rows):
 
     is_query = jnp.ones((queries.shape[0], 1), bool)  # False where the last block is padded
     usage = jnp.zeros(tables[0].shape[0], jnp.int32)
-    usage, outputs = _fold_blocks(block, usage, (queries, is_query), rows)
+    usage, outputs = fold_blocks(block, usage, (queries, is_query), rows=rows)
     value, entropy, top_weight, num_active, top, total = outputs
     return Read(value, entropy[:, 0], top_weight[:, 0], num_active[:, 0], usage), top, total
 
@@ -301,7 +301,7 @@ def _backward_blocks(queries, d_value, row, tables, threshold, use_top1, rows):
         return d_tables, product(d_logits, keys, (1, 0)).astype(queries.dtype)
 
     zeros = tuple(jnp.zeros(table.shape, jnp.float32) for table in tables)
-    d_tables, d_queries = _fold_blocks(block, zeros, (queries, d_value, row), rows)
+    d_tables, d_queries = fold_blocks(block, zeros, (queries, d_value, row), rows=rows)
     return d_queries, d_tables
 
 
@@ -315,45 +315,6 @@ def add_to_tables(d_tables: tuple[Array, ...], d_keys: Array, d_items: Array) ->
 def _default_rows(num_items: int) -> int:
     rows = _BLOCK_BYTES.get(jax.default_backend(), _OTHER_BLOCK_BYTES) // (4 * num_items)
     return max(rows, _MIN_ROWS) * devices_of_rows()
-
-
-def _fold_blocks(step: Callable, carry: Any, xs: Any, rows: int) -> tuple[Any, Any]:
-    """Folds `step(carry, block) -> (carry, outputs)` over equal blocks of at most `rows` rows.
-
-    Args:
-      step: maps a block of xs to outputs with the same rows.
-      carry: any pytree.
-      xs: pytree of (T, ...) arrays; the last block is padded with zeros.
-      rows: static.
-
-    Returns:
-      The last carry, and the outputs as (T, ...) arrays in the order of xs.
-    """
-    num_rows = jax.tree.leaves(xs)[0].shape[0]
-    least = -(-num_rows // rows)
-    if least <= 1:
-        return step(carry, xs)
-    # Somewhat smaller blocks without padding save copies of all rows, before and after.
-    num_blocks = next((n for n in range(least, 2 * least) if num_rows % n == 0), least)
-    size = -(-num_rows // num_blocks)
-
-    # Block i holds rows i, i + num_blocks, ...: where the rows are sharded over devices, every device has its share of
-    # every block. Slicing inside the loop costs no copy of the whole; transposing first took up to half as long again.
-    def interleave(x):
-        x = jnp.pad(x, [(0, num_blocks * size - num_rows)] + [(0, 0)] * (x.ndim - 1))
-        return x.reshape(size, num_blocks, *x.shape[1:])
-
-    def body(carry_and_outputs, i):
-        carry, outputs = carry_and_outputs
-        carry, y = step(carry, block_of(i))
-        return (carry, jax.tree.map(lambda out, new: lax.dynamic_update_index_in_dim(out, new, i, 1), outputs, y)), None
-
-    xs = jax.tree.map(interleave, xs)
-    block_of = lambda i: jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, i, 1, keepdims=False), xs)  # noqa: E731
-    _, shapes = jax.eval_shape(step, carry, block_of(0))
-    outputs = jax.tree.map(lambda s: jnp.zeros((size, num_blocks, *s.shape[1:]), s.dtype), shapes)
-    (carry, outputs), _ = lax.scan(body, (carry, outputs), jnp.arange(num_blocks))
-    return carry, jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:num_rows], outputs)
 
 
 def _check(queries, memory, threshold, similarity, temperature, empty_policy) -> None:

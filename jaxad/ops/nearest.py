@@ -29,7 +29,7 @@ from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
 from jaxad.core import Array
-from jaxad.ops.blocks import devices_of_rows
+from jaxad.ops.blocks import devices_of_rows, map_blocks
 
 PRECISIONS = ("float32", "default", "bfloat16")
 SEGMENT = 128  # rows whose least bracket is kept
@@ -109,7 +109,7 @@ def nearest(
         starts = _promising_segments(moved, bank, valid, centre, plan, precision)
         return _nearest_of(block, starts, SEGMENT, bank, valid, k, plan)
 
-    return Neighbours(*_in_blocks(search, queries, plan.queries))
+    return Neighbours(*map_blocks(search, queries, rows=plan.queries))
 
 
 def nearest_sharded(
@@ -203,28 +203,6 @@ def _plan(
     return _Plan(tile, tiles, turns, again, _QUERIES * devices, fitting * devices)
 
 
-def _in_blocks(function, xs, size: int):
-    """`function` of equal blocks of at most `size` rows, one after the other; the last is filled up.
-
-    Block i holds rows i, i + blocks, ...: of rows that are sharded over devices, each device has its share of each.
-    """
-    leaves = jax.tree.leaves(xs)
-    rows = leaves[0].shape[0]
-    if not isinstance(rows, int) or rows <= size:  # jax.export with any batch: no blocks to count
-        return function(xs)
-    blocks = -(-rows // size)
-    size = -(-rows // blocks)
-
-    def deal(x):
-        padded = jnp.pad(x, [(0, blocks * size - rows)] + [(0, 0)] * (x.ndim - 1))
-        return padded.reshape(size, blocks, *x.shape[1:]).swapaxes(0, 1)
-
-    def collect(x):
-        return x.swapaxes(0, 1).reshape(-1, *x.shape[2:])[:rows]
-
-    return jax.tree.map(collect, lax.map(function, jax.tree.map(deal, xs)))
-
-
 # --- steps --------------------------------------------------------------------------------------------------------
 
 
@@ -313,7 +291,7 @@ def _nearest_of(queries, starts, length: int, bank, valid, k: int, plan: _Plan) 
         return _least(jnp.where(counts, distance, jnp.inf).reshape(shape), rows.reshape(shape), k)
 
     if isinstance(queries.shape[0], int):
-        return _in_blocks(of_block, (queries, starts), plan.gathered)
+        return map_blocks(of_block, (queries, starts), rows=plan.gathered)
     one = jax.tree.map(lambda x: x[:, None], (queries, starts))  # jax.export with any batch: one query after the other
     return jax.tree.map(lambda x: x[:, 0], lax.map(of_block, one))
 
