@@ -265,6 +265,8 @@ class _Training:
         latest = {name: float(values[-1]) for name, values in progress.metrics.items()}
         rate = self.spent.images / max(self.spent.train_seconds, 1e-9)
         self.console.progress(progress.name, step, progress.steps, latest, rate)
+        if latest.get("collapsed") and not progress.position.step:
+            self.console.say(f"warning: {progress.name} found a collapsed network, whose scores are rounding noise")
 
 
 def _save_seconds() -> float:

@@ -9,8 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxad import metrics, score, train
+from jaxad import metrics, runs, score, settings, train
+from jaxad.console import Console
 from jaxad.core import Batch, Source, Spec, as_arrays, take
+from jaxad.data.arrays import from_arrays
 from jaxad.importers import WeightsError
 from jaxad.methods import patch_svdd as method
 from jaxad.methods.patch_svdd import Sizes
@@ -504,6 +506,24 @@ def test_a_collapsed_encoder_is_told(untrained):
     assert float(told["collapsed"]) == 1 and float(told["spread_small"]) < method.COLLAPSED
 
 
+def test_a_run_with_a_collapsed_encoder_warns(tmp_path):
+    """From weights to the console, as `jaxad train` does it."""
+    healthy = jax.tree.map(np.asarray, initial(config(), (32, 32, 3)).params["encoder"])
+    said = {}
+    for name, scale in (("healthy", 1.0), ("collapsed", 1e-4)):
+        arrays = official_names(healthy)
+        arrays["enc.conv2.weight"] = arrays["enc.conv2.weight"] * np.float32(scale)
+        np.savez(tmp_path / f"{name}.npz", **arrays)
+        fields = {"steps": 0, "encoder_weights": str(tmp_path / f"{name}.npz")}
+        chosen = settings.Settings(method="patch_svdd", preset="tiny", data="made", config=fields)
+        console, said[name] = Console(quiet=True), []
+        console.say = said[name].append
+        data = from_arrays(np.asarray(make_source(6, 32).image), holdout=0.2)
+        runs.train_run(chosen, data=data, console=console)
+    assert not any("collapsed" in line for line in said["healthy"])
+    assert any("bank found a collapsed network" in line for line in said["collapsed"])
+
+
 def test_spread_is_the_mean_standard_deviation_of_rows_that_count():
     vectors = NUMBERS.standard_normal((7, 5)).astype(np.float32)
     weight = np.asarray([1, 1, 0, 1, 1, 1, 0], np.float32)
@@ -553,5 +573,4 @@ def test_training_finds_pasted_defects_that_an_untrained_encoder_finds_less_well
             metrics.image_metrics(scores.image, label)["auroc"],
         )
         assert all(np.isfinite(values).all() for phase in log.values() for values in phase.values())
-    print(found)
     assert found[500][0] > 0.9 and found[500][0] > found[0][0], found
