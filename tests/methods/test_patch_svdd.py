@@ -357,6 +357,7 @@ def test_the_last_kernel_stays_as_drawn_unless_asked(fresh):
 
 
 def test_adam_step_is_adams(fresh):
+    fresh = fresh._replace(mean=IMAGES[0])
     batch = Batch(IMAGES, jnp.zeros(6, jnp.int32), jnp.zeros((6, 32, 32)), jnp.arange(6), jnp.ones(6, bool))
     after = jax.jit(method.train_step)(jax.random.key(5), fresh, batch)[0]
     pairs = jax.jit(method.sample)(jax.random.key(5), fresh.cfg, IMAGES - fresh.mean)
@@ -400,6 +401,10 @@ def untrained():
 def test_maps_are_mean_distances_of_all_patches_over_a_pixel_and_fused_by_pixel(untrained):
     state, _ = untrained
     images = take(make_source(2, 32, seed=9), jnp.arange(2))[0]
+    encoder = method.Encoder(state.cfg)
+    expected = encoder.apply({"params": state.params["encoder"]}, images - state.mean, method="dense")
+    for found, grid in zip(jax.jit(method.embed)(state, images), expected, strict=True):
+        np.testing.assert_allclose(found, grid.reshape(found.shape), atol=1e-6)
     maps = brute_maps(state, images)
     for fusion, expected in {
         **maps,
@@ -448,6 +453,17 @@ def test_a_coreset_is_what_greedy_selection_by_hand_gives_and_is_all_that_is_sea
     expected = [np.sqrt(((rows[: math.ceil(0.1 * len(rows))] - q) ** 2).sum(axis=1).min()) for q in queries]
     found = jax.jit(method.distances)(state, pictures).large
     np.testing.assert_allclose(np.asarray(found).ravel(), expected, rtol=1e-3, atol=1e-5)
+
+
+def test_a_coreset_of_half_filled_banks_holds_rows_that_count(untrained):
+    state = untrained[0]._replace(filled=Sizes(*(f.at[:3].set(False) for f in untrained[0].filled)))
+    state = state._replace(cfg=dataclasses.replace(state.cfg, coreset=0.1))
+    thin = jax.jit(method.thin_banks)(jax.random.key(0), state)
+    for kept, full, filled in zip(thin.banks, state.banks, thin.filled, strict=True):
+        count = math.ceil(0.1 * filled.size)
+        assert filled.reshape(-1)[:count].all()
+        rows, allowed = kept.reshape(-1, 16)[:count], full[3:].reshape(-1, 16)
+        assert (rows[:, None] == allowed[None]).all(axis=2).any(axis=1).all()
 
 
 def test_k_centre_chooses_valid_rows_only_and_refuses_too_many():
