@@ -1,6 +1,8 @@
 """Nearest neighbours: against float64 NumPy, in the clouds that need centring, tied, masked, blocked and sharded."""
 
 import functools
+import importlib.util
+import os
 
 import jax
 import jax.numpy as jnp
@@ -180,3 +182,25 @@ def test_no_gradient_passes():
 def test_what_cannot_be_searched_is_refused(fields, message):
     with pytest.raises(ValueError, match=message):
         op.nearest(**{"queries": np.zeros((3, 4)), "bank": np.zeros((9, 4)), **fields})
+
+
+@pytest.mark.tpu_aot
+@pytest.mark.slow
+@pytest.mark.parametrize("approximate", [False, True])
+def test_a_bank_split_over_four_tpu_chips_compiles_and_no_vector_travels(approximate):
+    """1.27 million rows, the patches of four pictures as queries."""
+    if importlib.util.find_spec("libtpu") is None:
+        pytest.skip("needs the TPU compiler: pip install libtpu")
+    os.environ["TPU_SKIP_MDS_QUERY"] = os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"
+    from jax.experimental import topologies
+
+    mesh = shard.data_mesh(topologies.get_topology_desc("v5e:2x2", platform="tpu").devices)
+    whole, split = shard.replicated(mesh), shard.split(mesh)
+    queries = jax.ShapeDtypeStruct((4 * 3249, 64), jnp.float32, sharding=whole)
+    bank = jax.ShapeDtypeStruct((1_270_360, 64), jnp.float32, sharding=split)
+    search = functools.partial(op.nearest_sharded, mesh=mesh, axis="data", tile_rows=8192, approximate=approximate)
+    compiled = jax.jit(search).lower(queries, bank).compile()
+    moved = shard.collectives(compiled)
+    assert set(moved) <= {"all-gather"} and moved["all-gather"][1] <= 3 * 2 * 4 * 4 * 4 * 3249, moved
+    memory = compiled.memory_analysis()
+    assert memory.temp_size_in_bytes + memory.argument_size_in_bytes < 2e9
