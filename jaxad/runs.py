@@ -266,7 +266,9 @@ class _Training:
         rate = self.spent.images / max(self.spent.train_seconds, 1e-9)
         self.console.progress(progress.name, step, progress.steps, latest, rate)
         if latest.get("collapsed") and not progress.position.step:
-            self.console.say(f"warning: {progress.name} found a collapsed network, whose scores are rounding noise")
+            self.console.say(
+                f"warning: {progress.name}: embeddings hardly differ (collapsed); scores may be rounding noise"
+            )
 
 
 def _save_seconds() -> float:
