@@ -628,6 +628,12 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     return options
 
 
+def with_others(rows: list[dict], earlier: list[dict]) -> list[dict]:
+    """Rows, and those of earlier runs that are of other programs: a run of some keeps what is known of the others."""
+    found = {title(row) for row in rows}
+    return rows + [row for row in earlier if title(row) not in found]
+
+
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     tasks = tasks_of(options.methods, options.topologies, options.programs, options.dtypes, options.preset)
@@ -640,13 +646,11 @@ def main(arguments: list[str] | None = None) -> int:
         for row in rows:
             seconds = "earlier" if row.get("fingerprint") in known else f"{row.get('compile_seconds', 0):.0f} s"
             print(f"compiled {title(row)}: {'FAILED' if row.get('error') else 'ok'}, {seconds}", flush=True)
-        done = {row.get("fingerprint") for row in finished}
-        # A killed run goes on where it was.
-        keep(options.json, finished + [row for row in earlier if row.get("fingerprint") not in done])
+        keep(options.json, with_others(finished, earlier))  # a killed run goes on where it was
 
     print(NOTE)
     rows = run(tasks, jobs=options.jobs, known=known, each=each)
-    result = keep(options.json, rows)
+    result = keep(options.json, with_others(rows, earlier))
     options.json.with_suffix(".md").write_text(markdown(result))
     print()
     show(rows)

@@ -250,6 +250,9 @@ def test_the_command_compiles_a_method_and_kernels_and_remembers(tmp_path, capsy
     capsys.readouterr()
     assert tpu.main(command) == 0
     assert capsys.readouterr().out.count("ok, earlier") == len(result["rows"])
+    assert tpu.main([*command, "--programs", "score"]) == 0  # a run of some keeps what is known of the others
+    kept = json.loads(file.read_text())["rows"]
+    assert {tpu.title(row) for row in kept} == {tpu.title(row) for row in result["rows"]}
     assert jax.device_count() == 4 and jax.default_backend() == "cpu"
     assert float(jax.jit(jnp.sum)(jnp.ones(8))) == 8  # the CPU is still there
 
