@@ -37,12 +37,14 @@ SMALL = {
         "image_score": "combined",  # the one that reads the leaf psnr_weight
     },
     "patch_svdd": {"steps": 5, "batch_size": 8, "widths": (), "features": 4, "hidden": 8},  # patches of 4 and 8
+    "uninformed_students": {"steps": 5, "width": 0.04, "descriptor": 5},
 }
 CHANGE = {
     "gradcon": {"smooth_sigma": 60.0},
     "memae": {"smooth_sigma": 60.0},
     "mnad": {"smooth_sigma": 60.0, "gate": 10.0},
     "patch_svdd": {"svdd_weight": 10.0, "colour_noise": 1.0, "pixel_noise": 1.0},
+    "uninformed_students": {"weight_decay": 10.0},
 }
 
 
