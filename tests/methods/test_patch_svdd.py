@@ -60,6 +60,19 @@ def test_initial_distributions_are_torchs():
         assert 0.96 / math.sqrt(fan_in) < float(abs(kernel).max()) <= 1 / math.sqrt(fan_in)
 
 
+def test_hes_distribution_lets_an_untrained_encoder_tell_patches_apart():
+    """By torch's default the variance falls by a factor of six in every layer."""
+    spreads, patches = {}, np.random.default_rng(1).uniform(-0.5, 0.5, (16, 64, 64, 3)).astype(np.float32)
+    for name in ("torch", "he"):
+        params = initial(dataclasses.replace(FULL, initial=name), (64, 64, 3)).params
+        embedded = crops(params["encoder"], patches, patches[:, :32, :32])
+        spreads[name] = float(embedded.small.std(axis=0).mean())
+        bound = float(abs(params["encoder"]["small"]["conv4"]["kernel"]).max()) * math.sqrt(9 * 128)
+        assert bound == pytest.approx({"torch": 1, "he": math.sqrt(6)}[name], rel=1e-3)
+        assert float(abs(params["classifiers_small"]["kernel"]).max()) <= 1 / math.sqrt(128)
+    assert spreads["torch"] < 1e-3 and spreads["he"] > 0.03, spreads
+
+
 def naive(params, crop):
     """f_32 or f_64 of one patch by loops over layers, float64, channels last."""
     if len(crop) > 32:
