@@ -1,4 +1,4 @@
-"""Gaussian smoothing as two products with a banded matrix: 25-40x faster than a depthwise convolution on CPU."""
+"""Smoothing as two products with a banded matrix: 25-40x faster than a depthwise convolution on CPU."""
 
 from __future__ import annotations
 
@@ -21,3 +21,14 @@ def gaussian_smooth(maps: Array, *, sigma: Array) -> Array:
     """Smooths maps (..., H, W) with a Gaussian of `sigma` pixels, renormalised where it leaves the map."""
     rows, columns = (gaussian_operator(n, sigma) for n in maps.shape[-2:])
     return jnp.einsum("hi,...ij,wj->...hw", rows, maps, columns)
+
+
+def box_smooth(maps: Array, *, size: int) -> Array:
+    """Means of maps (..., H, W) over squares of `size` pixels, an odd number, and over what of them is on the map."""
+
+    def operator(length):
+        offsets = jnp.arange(length)[:, None] - jnp.arange(length)[None, :]
+        is_near = (abs(offsets) <= size // 2).astype(jnp.float32)
+        return is_near / is_near.sum(axis=1, keepdims=True)
+
+    return jnp.einsum("hi,...ij,wj->...hw", operator(maps.shape[-2]), maps, operator(maps.shape[-1]))

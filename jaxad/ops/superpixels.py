@@ -274,19 +274,20 @@ def segment_means(values: Array, labels: Array, *, grid: int | tuple[int, int]) 
       (means (B, K), sizes (B, K) in pixels); the mean of an empty superpixel is 0.
     """
     rows, columns = (grid, grid) if isinstance(grid, int) else grid
-    batch = values.shape[0]
-    values, labels = values.reshape(batch, -1), labels.reshape(batch, -1)
+    batch, height, width = values.shape
+    values, labels = (x.reshape(batch, height * width) for x in (values, labels))
     row = (labels // columns)[..., None] == jnp.arange(rows)
     column = ((labels % columns)[..., None] == jnp.arange(columns)).astype(jnp.float32)
     both = jnp.concatenate([jnp.where(row, values[..., None], 0.0), row], axis=-1)
     sums = jnp.einsum("bpr,bpc->brc", both, column, precision=lax.Precision.HIGHEST)
-    sums, sizes = sums[:, :rows].reshape(batch, -1), sums[:, rows:].reshape(batch, -1)
+    sums, sizes = (x.reshape(batch, rows * columns) for x in (sums[:, :rows], sums[:, rows:]))
     return sums / jnp.maximum(sizes, 1.0), sizes
 
 
 def paint(values: Array, labels: Array) -> Array:
     """Gives every pixel the value of its superpixel: values (B, K), labels (B, H, W) -> (B, H, W)."""
-    flat = labels.reshape(labels.shape[0], -1)
+    batch, height, width = labels.shape
+    flat = labels.reshape(batch, height * width)
     return jnp.take_along_axis(values, flat, axis=1).reshape(labels.shape)
 
 
