@@ -1,6 +1,6 @@
 """Teachers for Uninformed Students: patch networks distilled from an ImageNet classifier on any natural pictures.
 
-    python -m jaxad.methods.patch_teacher PICTURES --weights efficientnet_lite0.npz --out teacher.npz
+    python -m jaxad.methods.patch_teacher PICTURES resnet18.safetensors teacher.npz --backbone resnet18
 
 A teacher does not know the pictures that it will be used on: it is trained once, kept as a file, and used for every
 data set (`jaxad train uninformed_students --set teacher=teacher.npz`).
@@ -396,9 +396,9 @@ def pictures_of(path: str | os.PathLike, *, size: int) -> np.ndarray:
 
 def command(
     pictures: str,
-    *,
     weights: str,
     out: str,
+    *,
     cfg: TeacherConfig,
     patches: tuple[int, ...] = patch_net.PATCHES,
     picture_size: int = 256,
@@ -437,7 +437,10 @@ def command(
 def main() -> None:
     import tyro
 
-    tyro.cli(command)
+    from jaxad import allocator
+
+    allocator.keep_freed_memory()
+    tyro.cli(command, config=(tyro.conf.PositionalRequiredArgs, tyro.conf.OmitArgPrefixes))
 
 
 if __name__ == "__main__":

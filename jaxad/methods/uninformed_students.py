@@ -385,7 +385,7 @@ PRESETS = {
             "width": 0.25,
             "out_stride": 4,
             "batch_size": 4,
-            "steps": 1000,
+            "steps": 600,
             "learning_rate": 1e-3,
         },
         data={"image_size": 128, "channels": 3},

@@ -8,9 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from sklearn.metrics import roc_auc_score
 
-from jaxad import train
-from jaxad.core import Batch, Spec
+from jaxad import score, train
+from jaxad.core import Batch, Source, Spec
 from jaxad.importers import WeightsError
 from jaxad.methods import patch_teacher
 from jaxad.methods import uninformed_students as us
@@ -230,6 +231,37 @@ def test_grey_pictures_are_tripled():
     np.testing.assert_array_equal(us.padded(cfg, 17, grey), us.padded(cfg, 17, grey.repeat(3, axis=-1)))
 
 
+def textures(numbers, count, *, spoilt=False):
+    """Stripes at random places with noise, (count, 32, 32, 3) uint8; spoilt ones have a square of stripes across."""
+    place = np.arange(32)
+    phase, noise = numbers.uniform(0, 8, (count, 1, 1)), numbers.normal(0, 8, (count, 32, 32, 3))
+    stripes = np.sin((place[None, None] + phase) * (2 * np.pi / 8)) + np.zeros((count, 32, 1))
+    for image, (row, column) in zip(stripes, numbers.integers(4, 18, (count, 2)), strict=True):
+        if spoilt:
+            across = np.sin(place[:10, None] * (2 * np.pi / 8)) + np.zeros(10)
+            image[row : row + 10, column : column + 10] = across
+    return np.clip(128 + 60 * stripes[..., None] + noise, 0, 255).astype(np.uint8)
+
+
+@pytest.mark.slow
+def test_trained_students_find_planted_defects():
+    """The tiny preset with its schedule, a random teacher and no file: far better than before training."""
+    numbers = np.random.default_rng(0)
+    test = np.concatenate([textures(numbers, 30), textures(numbers, 30, spoilt=True)])
+    label = np.repeat(np.array([0, 1], np.int32), 30)
+    sources = {
+        name: Source(image=jnp.asarray(textures(numbers, rows)), label=jnp.zeros(rows, jnp.int32))
+        for name, rows in (("train", 60), ("holdout", 8))
+    }
+    cfg, key = us.METHOD.config(**us.METHOD.presets["tiny"].config), jax.random.key(0)
+    rates = []
+    for progress in train.drive(us.METHOD, key, cfg, sources, mode="loop", chunk=1000, patience=1e3):
+        if progress.name in ("init", "calibrate"):
+            scores = score.score_dataset(us.METHOD, progress.state, Source(image=jnp.asarray(test), label=label))
+            rates.append(roc_auc_score(label, scores.image))
+    assert rates[-1] > max(0.9, rates[0] + 0.1), rates
+
+
 # --- teachers -----------------------------------------------------------------------------------------------------
 
 
@@ -389,7 +421,7 @@ def test_command_reads_folders_and_zips(mean_backbone, tmp_path, monkeypatch, ca
         backbone=mean_backbone, width=0.03, descriptor=5, steps=2, batch_size=4, p17_taps=(5, 5, 5, 5)
     )
     patch_teacher.command(
-        str(tmp_path / "all.zip"), weights="w", out=str(tmp_path / "t.npz"), cfg=cfg, patches=(17,), picture_size=16
+        str(tmp_path / "all.zip"), "w", str(tmp_path / "t.npz"), cfg=cfg, patches=(17,), picture_size=16
     )
     loaded = patch_teacher.load(tmp_path / "t.npz", (17,), patch_net.shape_of(cfg))
     assert set(loaded) == {"p17"} and "p17 2/2" in capsys.readouterr().out
