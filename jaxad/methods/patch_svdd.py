@@ -18,10 +18,9 @@ What is whose:
     0.001. Objects of one kind seem to want small values; embeddings that collapse to a constant want smaller ones.
   * The official code's neighbours of small patches are approximate; here all are exact. Its pictures are resized by
     Pillow's default filter, which Pillow changed; here by the data pipeline's (bilinear, antialiased).
-  * Ours: `initial="he"`, with which short schedules get somewhere: as the code's framework draws it, the encoder is
-    nearly constant at first. Images come in shuffled epochs, each step's from different pictures; `boundary="reject"`
-    draws a first patch whose partner fits; `fusion`, `neighbours`, `coreset` and `precision` but the defaults; the
-    collapse monitor; every preset but `mvtec`.
+  * Ours: images come in shuffled epochs, each step's from different pictures; `boundary="reject"` draws a first patch
+    whose partner fits; `kernel_gain`, `fusion`, `neighbours`, `coreset` and `precision` but the defaults; the collapse
+    monitor; every preset but `mvtec`.
   * An encoder that collapsed to a constant gives scores that are rounding noise, as the published one for leather does.
     `spread_large` and `spread_small`, the mean standard deviation of embeddings by dimension, show it: `collapsed` is 1
     where one is below 0.001. That is a warning, no proof: large patches of the published encoder for screw are below it
@@ -70,7 +69,6 @@ class PatchSVDDConfig:
     coreset: float = static(1.0)  # share of the bank's rows that k-centre selection keeps; 1: all, as in paper and code
     precision: str = static("float32")  # of the search's products: "float32" | "default" | "bfloat16"
     approximate: bool = static(False)  # search by approx_min_k, for TPU
-    initial: str = static("torch")  # encoder drawn as by "torch" (code), nearly constant at first, or by "he"
     encoder_weights: str = static("")  # a file with the official code's names; training goes on from it
     steps: int = static(97_800)  # 0 keeps the encoder as drawn or imported
     batch_size: int = static(64)
@@ -78,6 +76,9 @@ class PatchSVDDConfig:
     conv_impl: str = static("auto")  # "auto" | "conv" | "mixed" | "gemm"
     learning_rate: float = 1e-4  # Adam, betas 0.9 and 0.999
     svdd_weight: float = 1e-3  # lambda
+    kernel_gain: float = (
+        1.0  # of the encoder's kernels as drawn; 1 in the code, whose encoder is nearly constant at first
+    )
     colour_noise: float = 0.02  # standard deviation of a shift by patch and channel, in units of [0, 1] pictures
     pixel_noise: float = 0.02  # the same, by pixel and channel
 
@@ -338,7 +339,6 @@ _CHOICES = {
     "boundary": ("clip", "reject"),
     "fusion": ("product", "sum", "large", "small"),
     "precision": PRECISIONS,
-    "initial": ("torch", "he"),
     "dtype": ("float32", "bfloat16"),
 }
 
@@ -381,12 +381,14 @@ def check(cfg: PatchSVDDConfig, spec: Spec) -> None:
 
 
 def init(key: Array, cfg: PatchSVDDConfig, spec: Spec) -> PatchSVDDState:
-    """The untrained detector, its banks empty; distributions are those of the official code's framework, or He's."""
+    """The untrained detector, its banks empty; distributions are those of the official code's framework."""
     channels = spec.image[-1]
     dummies = (jnp.zeros((2, patch, patch, channels)) for patch in patch_sizes(cfg))
     params = draw.init_flat(key, Network(cfg), *dummies)["params"]
-    if cfg.initial == "he":
-        params = {**params, "encoder": _widened(params["encoder"])}
+    encoder = jax.tree_util.tree_map_with_path(
+        lambda path, leaf: cfg.kernel_gain * leaf if path[-1].key == "kernel" else leaf, params["encoder"]
+    )
+    params = {**params, "encoder": encoder}
     positions = Sizes(*(math.prod(shape) for shape in grid_shapes(cfg, spec.image)))
     capacity = spec.sizes.get("train", 0)
     return PatchSVDDState(
@@ -398,15 +400,6 @@ def init(key: Array, cfg: PatchSVDDConfig, spec: Spec) -> PatchSVDDState:
         banks=Sizes(*(jnp.zeros((capacity, n, cfg.features)) for n in positions)),
         filled=Sizes(*(jnp.zeros((capacity, n), bool) for n in positions)),
     )
-
-
-def _widened(encoder: Any) -> Any:
-    """Kernels from U(+-1/sqrt(fan_in)) to U(+-sqrt(6/fan_in)) (He et al., 2015): variance stays through layers."""
-
-    def widen(path, leaf):
-        return math.sqrt(6) * leaf if path[-1].key == "kernel" else jnp.zeros_like(leaf)
-
-    return jax.tree_util.tree_map_with_path(widen, encoder)
 
 
 def mean_step(key: Array, state: PatchSVDDState, batch: Batch):
@@ -629,10 +622,10 @@ PRESETS = {
         config={
             "widths": (16, 32, 64, 64, 32, 32, 32),
             "stride_small": 8,
-            "initial": "he",
-            "learning_rate": 5e-4,
+            "kernel_gain": 1.6,
+            "learning_rate": 4e-4,
             "batch_size": 16,
-            "steps": 1600,
+            "steps": 600,
         },
         data={"image_size": 256, "channels": 3},
     ),

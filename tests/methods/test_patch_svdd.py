@@ -60,17 +60,18 @@ def test_initial_distributions_are_torchs():
         assert 0.96 / math.sqrt(fan_in) < float(abs(kernel).max()) <= 1 / math.sqrt(fan_in)
 
 
-def test_hes_distribution_lets_an_untrained_encoder_tell_patches_apart():
-    """By torch's default the variance falls by a factor of six in every layer."""
+def test_a_gain_of_the_kernels_lets_an_untrained_encoder_tell_patches_apart():
+    """As torch draws it, the variance falls in every layer."""
     spreads, patches = {}, np.random.default_rng(1).uniform(-0.5, 0.5, (16, 64, 64, 3)).astype(np.float32)
-    for name in ("torch", "he"):
-        params = initial(dataclasses.replace(FULL, initial=name), (64, 64, 3)).params
+    for gain in (1.0, 1.6):
+        params = initial(dataclasses.replace(FULL, kernel_gain=gain), (64, 64, 3)).params
         embedded = crops(params["encoder"], patches, patches[:, :32, :32])
-        spreads[name] = float(embedded.small.std(axis=0).mean())
-        bound = float(abs(params["encoder"]["small"]["conv4"]["kernel"]).max()) * math.sqrt(9 * 128)
-        assert bound == pytest.approx({"torch": 1, "he": math.sqrt(6)}[name], rel=1e-3)
+        spreads[gain] = float(embedded.small.std(axis=0).mean())
+        own, size = params["encoder"]["small"]["conv4"], math.sqrt(9 * 128)
+        assert float(abs(own["kernel"]).max()) * size == pytest.approx(gain, rel=1e-3)
+        assert max(float(abs(x).max()) for x in (own["bias"], params["classifiers_small"]["Linear_1"]["bias"])) < 0.1
         assert float(abs(params["classifiers_small"]["kernel"]).max()) <= 1 / math.sqrt(128)
-    assert spreads["torch"] < 1e-3 and spreads["he"] > 0.03, spreads
+    assert spreads[1.6] > 10 * spreads[1.0], spreads
 
 
 def naive(params, crop):
