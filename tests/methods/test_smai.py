@@ -8,8 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxad import methods, metrics, score, train
-from jaxad.core import Batch, Source, Spec, as_arrays
+from jaxad.core import Batch, Spec, as_arrays
 from jaxad.methods import smai
 from jaxad.nn.init import init_flat
 from jaxad.nn.inpainting import InpaintingUNet, PartialConv
@@ -325,7 +324,7 @@ def test_networks_do_not_see_what_is_hidden():
         np.testing.assert_array_equal(outputs[0], outputs[2])
 
 
-# --- refusals and learning ----------------------------------------------------------------------------------------
+# --- refusals ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -344,43 +343,3 @@ def test_networks_do_not_see_what_is_hidden():
 def test_settings_that_cannot_work_are_refused(fields, shape, message):
     with pytest.raises(ValueError, match=message):
         smai.check(config(**fields), Spec(shape, {"train": 4}))
-
-
-def textures(count, seed, *, defects):
-    """Stripes whose phase and slope vary, with a spot of another texture on every second picture."""
-    numbers = np.random.default_rng(seed)
-    y, x = np.indices((32, 32))
-    images, masks = [], np.zeros((count, 32, 32), np.uint8)
-    for row in range(count):
-        phase, slope = numbers.uniform(0, 6.3), numbers.uniform(0.9, 1.1)
-        wave = 0.5 + 0.3 * np.sin(0.8 * (x + slope * y) + phase)
-        image = np.stack([wave, 0.8 * wave, 0.2 + 0.5 * wave], axis=-1)
-        if defects and row % 2:
-            top, left = numbers.integers(4, 20, 2)
-            spot = slice(top, top + 7), slice(left, left + 7)
-            masks[row][spot] = 1
-            image[spot] = 0.5 + 0.3 * np.sin(0.8 * (x - y)[spot] + phase)[..., None] * [1, 0.8, 0.6]
-        images.append(np.clip(image + numbers.normal(0, 0.02, image.shape), 0, 1))
-    label = masks.any(axis=(1, 2)).astype(np.int32)
-    pixels = np.rint(np.stack(images) * 255).astype(np.uint8)
-    return Source(image=jnp.asarray(pixels), label=jnp.asarray(label), mask=jnp.asarray(masks))
-
-
-@pytest.mark.slow
-def test_it_learns_textures_and_finds_planted_defects():
-    """Pixel AUROC well above the untrained network's and above that of a plain autoencoder trained as long."""
-    data, test = {"train": textures(64, 0, defects=False)}, textures(32, 1, defects=True)
-    labels = np.asarray(test.mask).ravel()
-
-    def pixel_auroc(name, **fields):
-        method = methods.get(name)
-        cfg = method.config(**{**method.presets["tiny"].config, **fields})
-        states = [train.init(method, jax.random.key(0), cfg, Spec((32, 32, 3), {"train": 64}))]
-        for progress in train.drive(method, jax.random.key(0), cfg, data):
-            last = progress.state
-        found = [score.score_dataset(method, state, test).map for state in (*states, last)]
-        return [metrics.image_metrics(x.ravel().astype(np.float64), labels)["auroc"] for x in found]
-
-    untrained, trained = pixel_auroc("smai", steps=200)
-    _, plain = pixel_auroc("memae", steps=200)
-    assert trained > 0.85 and trained > untrained + 0.1 and trained > plain + 0.05, (untrained, trained, plain)
