@@ -625,7 +625,7 @@ PRESETS = {
             "kernel_gain": 1.6,
             "learning_rate": 4e-4,
             "batch_size": 16,
-            "steps": 600,
+            "steps": 3000,
         },
         data={"image_size": 256, "channels": 3},
     ),
