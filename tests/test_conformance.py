@@ -38,6 +38,7 @@ SMALL = {
     },
     "patch_svdd": {"steps": 5, "batch_size": 8, "widths": (), "features": 4, "hidden": 8},  # patches of 4 and 8
     "uninformed_students": {"steps": 5, "width": 0.04, "descriptor": 5},
+    "smai": {"steps": 5, "batch_size": 8, "widths": (6, 8), "grids": (4,), "learning_rate": 0.01},
 }
 CHANGE = {
     "gradcon": {"smooth_sigma": 60.0},
@@ -45,6 +46,7 @@ CHANGE = {
     "mnad": {"smooth_sigma": 60.0, "gate": 10.0},
     "patch_svdd": {"svdd_weight": 10.0, "colour_noise": 1.0, "pixel_noise": 1.0},
     "uninformed_students": {"weight_decay": 10.0},
+    "smai": {"compactness": 1000.0},
 }
 
 
