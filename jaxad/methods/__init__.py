@@ -15,7 +15,6 @@ METHODS = {
     "mnad": "jaxad.methods.mnad",
     "patch_svdd": "jaxad.methods.patch_svdd",
     "uninformed_students": "jaxad.methods.uninformed_students",
-    "smai": "jaxad.methods.smai",
 }
 
 
