@@ -18,8 +18,8 @@ def config(method, preset, **fields):
     return method.config(**{**method.presets[preset].config, **fields})
 
 
-def pictures(size, channels=3, count=40):
-    image = np.random.default_rng(0).integers(0, 255, (count, size, size, channels), np.uint8)
+def pictures(size, channels=3, count=40, seed=0):
+    image = np.random.default_rng(seed).integers(0, 255, (count, size, size, channels), np.uint8)
     source = Source(image=image, label=np.zeros(count, np.int32))
     return {"train": source, "holdout": source}
 
@@ -50,18 +50,29 @@ def run(method, cfg, start, data, mesh):
         key, source = jax.device_put((train.phase_key(KEY, i), data[phase.source]), sharding(mesh))
         for t in range(train.num_steps(phase, len(source))):
             state, _ = program(state, key, source, jax.device_put(np.int32(t), sharding(mesh)))
-            first = first or jax.device_get(state.optimizer)
+            first = first or moments_of(state)
         programs.append(program)
     return programs[0], shapes, first, state
+
+
+def moments_of(state):
+    """What the optimizer knows of gradients; None before the first step of a phase that trains."""
+    found = [leaf for leaf in jax.tree.leaves(jax.device_get(state.optimizer)) if leaf.dtype == np.float32]
+    return found if any(np.abs(leaf).max(initial=0) for leaf in found) else None
+
+
+def parameters_of(state):
+    return getattr(state, "params", state)
 
 
 def drive(method, cfg, mesh, mode):
     """Scores after the training that commands do."""
     placement = {} if mesh is None else {"place": shard.over_data(mesh), "sharding": shard.replicated(mesh)}
     data = pictures(32) if mesh is None else shard.replicate(pictures(32), mesh)
+    unseen = pictures(32, seed=1)["train"]
     for progress in train.drive(method, KEY, cfg, data, mode=mode, chunk=5, **placement):
         state = progress.state
-    return score.score_dataset(method, state, data["train"], batch_size=13)
+    return score.score_dataset(method, state, unseen, batch_size=13)
 
 
 def size_of(tree):
@@ -72,7 +83,7 @@ def counts(programs, state):
     return {
         "flops": [program.cost_analysis()["flops"] for program in programs],
         "collectives": [shard.collectives(program) for program in programs],
-        "parameters": size_of(state.params),
+        "parameters": size_of(parameters_of(state)),
         "state": size_of(state),
     }
 
@@ -94,22 +105,24 @@ def main(name, preset="tiny"):
         print(json.dumps(facts | counts([program for program, _ in made], made[0][1])))
         return
     cfg, data = config(method, "tiny", steps=STEPS, learning_rate=1e-4), pictures(32)
+    unseen = pictures(32, seed=1)["train"]  # a detector may keep the pictures of its training
     start = jax.device_get(jax.jit(lambda key: train.init(method, key, as_arrays(cfg), spec_of(data)))(KEY))
     programs, scores, moments = [], [], []
     for given in (None, mesh):
         program, shapes, first, state = run(method, cfg, start, data, given)
         facts["held_by"] = len(jax.tree.leaves(state)[0].devices())
         here = jax.tree.map(jnp.asarray, jax.device_get(state))
-        scores.append(score.score_dataset(method, here, data["train"], batch_size=20))
+        scores.append(score.score_dataset(method, here, unseen, batch_size=20))
         programs.append(program)
-        moments.append([leaf for leaf in jax.tree.leaves(first) if leaf.dtype == np.float32])
+        moments.append(first)
     one, eight = scores
     facts |= counts(programs, shapes)
     facts |= {"apart": apart(eight, one), "scale": [float(np.ptp(one.image)), float(np.ptp(one.map))]}
-    facts["moved"] = max(farthest(*both) for both in pairs(start.params, here.params))
+    both = pairs(parameters_of(start), parameters_of(here))
+    facts["moved"] = max(farthest(a, b) for a, b in both if np.isfinite(a).all())  # minima start at infinity
     largest = max(float(np.abs(leaf).max()) for leaf in moments[0])
     facts["gradient"] = max(farthest(*both) for both in pairs(*moments)) / largest
-    untrained = score.score_dataset(method, jax.tree.map(jnp.asarray, start), data["train"], batch_size=20)
+    untrained = score.score_dataset(method, jax.tree.map(jnp.asarray, start), unseen, batch_size=20)
     facts["learned"] = apart(one, untrained)
     if name == "memae":  # the driver is the same for every method
         facts["drive"] = {mode: apart(drive(method, cfg, mesh, mode), one) for mode in ("loop", "chunks")}

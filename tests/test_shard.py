@@ -26,7 +26,8 @@ METHODS = [name if name == "memae" else pytest.param(name, marks=pytest.mark.slo
 # their ranges. Sums over eight parts round differently, and where a gradient is zero but for rounding (a bias before a
 # batch normalisation) Adam takes whole steps, of 1e-4 here. MNAD enlarges that: it divides by the spread of normal
 # scores, and its items choose their queries.
-TOLERANCES = {"memae": (1e-5, 1e-3, 1e-3), "gradcon": (1e-5, 1e-5, 1e-5), "mnad": (1e-3, 0.1, 0.1)}
+USUAL = (1e-5, 1e-3, 1e-3)
+TOLERANCES = {"gradcon": (1e-5, 1e-5, 1e-5), "mnad": (1e-3, 0.1, 0.1), "patch_svdd": (1e-5, 1e-4, 1e-4)}
 
 
 @functools.cache
@@ -45,7 +46,7 @@ def eight(*arguments):
 @pytest.mark.parametrize("name", METHODS)
 def test_eight_devices_train_what_one_trains(name):
     facts = eight(name)
-    gradient, *tolerances = TOLERANCES[name]
+    gradient, *tolerances = TOLERANCES.get(name, USUAL)
     assert facts["held_by"] == 8 and facts["moved"] > 5e-4
     assert facts["gradient"] < gradient
     for apart, scale, learned, tolerance in zip(
@@ -57,7 +58,7 @@ def test_eight_devices_train_what_one_trains(name):
 @pytest.mark.parametrize("mode", ["loop", "chunks"])
 def test_the_driver_trains_the_same(mode):
     facts = eight("memae")
-    for apart, scale, tolerance in zip(facts["drive"][mode], facts["scale"], TOLERANCES["memae"][1:], strict=True):
+    for apart, scale, tolerance in zip(facts["drive"][mode], facts["scale"], USUAL[1:], strict=True):
         assert apart < tolerance * scale
 
 
