@@ -129,7 +129,8 @@ def tables(value, name=""):
     if is_table(value):
         rows = [{k: v for k, v in row.items() if not isinstance(v, list | dict)} for row in value]
         shared = [k for k in rows[0] if all(k in row for row in rows)]
-        return [(name, markdown([{k.replace("_", " "): row[k] for k in shared} for row in rows]))]
+        table = markdown([{k.replace("_", " "): row[k] for k in shared} for row in rows[:_LISTED]])
+        return [(name, table + (f"\n\n{len(rows) - _LISTED} more are in the file." if len(rows) > _LISTED else ""))]
     parts = value.items() if isinstance(value, dict) else ()
     return [found for k, v in parts for found in tables(v, f"{name} {k}".strip())]
 
