@@ -1,5 +1,6 @@
 """Set-up shared by all tests: four virtual CPU devices, a compile cache, and the paths of real data."""
 
+import gc
 import os
 import pathlib
 import tempfile
@@ -16,7 +17,20 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 os.environ["JAXAD_CACHE"] = str(_CACHE / "jaxad")
 
+import jax  # noqa: E402
 import pytest  # noqa: E402
+
+_MAPS = pathlib.Path("/proc/self/maps")  # of Linux
+_MANY = 20_000  # mappings; the kernel's limit is 65,530, and every compiled program takes dozens
+
+
+@pytest.fixture(autouse=True)
+def few_mappings():
+    """Lets go of compiled programs when they are many: at the kernel's limit XLA dies while it loads the next one."""
+    yield
+    if _MAPS.exists() and _MAPS.read_bytes().count(b"\n") > _MANY:
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture(scope="session")
