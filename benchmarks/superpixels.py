@@ -5,7 +5,7 @@
 Needs jax, numpy and scikit-image. The two do not draw the same borders, so labels cannot be compared; what is compared
 is how much of a picture's colour varies within superpixels, relative to the first contender. scikit-image runs without
 its clean-up of unconnected parts, as jaxad does, picture after picture as its users call it, and once more with a
-thread for each core. Expected on two cores: jaxad is at least 3 times as fast as one call after the other.
+thread for each core. Wanted on two cores: at least 3 times the pictures of one call after the other.
 """
 
 import argparse

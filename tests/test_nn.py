@@ -162,7 +162,10 @@ def test_the_lowering_suits_what_is_traced_for(target, outputs, expected):
     with conv.lowering_for(**target):
         assert conv.choose_impl("auto", outputs) == expected
         with conv.lowering_for(platform="tpu"):
-            assert conv.choose_impl("auto", outputs) == "conv", "the innermost counts"
+            assert conv.choose_impl("auto", outputs) == "conv", "the innermost platform counts"
+        with conv.lowering_for(looped=True):
+            inner = "gemm" if target.get("platform", "cpu") == "cpu" else "conv"
+            assert conv.choose_impl("auto", outputs) == inner, "a loop within is on the platform around it"
         assert conv.choose_impl("conv", outputs) == "conv" and conv.choose_impl("gemm", outputs) == "gemm"
     assert conv.choose_impl("auto", 64) == "gemm", "the target outlived its block"
 

@@ -58,6 +58,16 @@ def make(method: str, state: Any, spec: Any, *, compiled: bool = False) -> Peer:
     return importlib.import_module(f"{__name__}.{method}").make(state, spec, device=device(), wrap=wrap)
 
 
+def refuse_other(method: str, cfg: Any, expected: Mapping[str, Any]) -> None:
+    """Raises ValueError for a field of the config that is not as the peer, and the public code, have it."""
+    for name, value in expected.items():
+        if getattr(cfg, name) != value:
+            raise ValueError(
+                f"the torch peer of {method} got {name}={getattr(cfg, name)!r}; expected {value!r}, all it has. "
+                "Leave it at its default, or leave out --peer."
+            )
+
+
 def check(method: str) -> None:
     """Raises ValueError where the method has no peer, or torch is missing."""
     if importlib.util.find_spec("torch") is None:

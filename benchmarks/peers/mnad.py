@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from benchmarks.peers import Peer, tensor
+from benchmarks.peers import Peer, refuse_other, tensor
 
 
 class MemoryStep(nn.Module):
@@ -155,12 +155,7 @@ def refuse(cfg) -> None:
         "image_score": "combined",
         "pixel_map": "both",
     }
-    for name, value in expected.items():
-        if getattr(cfg, name) != value:
-            raise ValueError(
-                f"the torch peer of mnad got {name}={getattr(cfg, name)!r}; expected {value!r}, as in the public code. "
-                "Leave it at its default, or leave out --peer."
-            )
+    refuse_other("mnad", cfg, expected)
 
 
 def make(state, spec, *, device: str, wrap) -> Peer:

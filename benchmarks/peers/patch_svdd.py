@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from benchmarks.peers import Peer, tensor
+from benchmarks.peers import Peer, refuse_other, tensor
 
 _PATCHES = 2048  # embedded at a time
 _ROWS = 8192  # of the bank in a product
@@ -105,12 +105,7 @@ def spread(scores, size, patch: int, stride: int):
 def refuse(cfg) -> None:
     """Raises ValueError for settings that the public code does not have."""
     expected: dict[str, Any] = {"dtype": "float32", "neighbours": 1, "coreset": 1.0, "approximate": False}
-    for name, value in expected.items():
-        if getattr(cfg, name) != value:
-            raise ValueError(
-                f"the torch peer of patch_svdd got {name}={getattr(cfg, name)!r}; expected {value!r}, as in the public "
-                "code. Leave it at its default, or leave out --peer."
-            )
+    refuse_other("patch_svdd", cfg, expected)
 
 
 def make(state, spec, *, device: str, wrap) -> Peer:

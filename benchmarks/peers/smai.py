@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from benchmarks.peers import Peer, tensor
+from benchmarks.peers import Peer, refuse_other, tensor
 from jaxad import train
 from jaxad.methods import smai
 
@@ -132,12 +132,7 @@ def refuse(cfg) -> None:
         "image_score": "max",
         "augment": "none",
     }
-    for name, value in expected.items():
-        if getattr(cfg, name) != value:
-            raise ValueError(
-                f"the torch peer of smai got {name}={getattr(cfg, name)!r}; expected {value!r}, the default. "
-                "Leave it at its default, or leave out --peer."
-            )
+    refuse_other("smai", cfg, expected)
 
 
 def make(state, spec, *, device: str, wrap) -> Peer:

@@ -54,15 +54,16 @@ def lowering_for(*, platform: str | None = None, members: bool = False, looped: 
     """Says what a program is traced for; "auto" chooses accordingly.
 
     It is read while tracing, so put it around the tracing (`jit(...).lower(...)`, the first call, `jax.export`), best
-    inside the function that is traced: a program that jit has cached is not traced again. The innermost one counts.
+    inside the function that is traced: a program that jit has cached is not traced again. Adds to what is said around.
 
     Args:
-      platform: "cpu", "gpu" or "tpu"; None: the default backend. Needed where one compiles for a device that is not
-        here.
+      platform: "cpu", "gpu" or "tpu"; None: as around it, else the default backend. Needed where one compiles for a
+        device that is not here.
       members: the kernels are vmapped over the members of a sweep.
       looped: the step is the body of a `scan`, `while_loop` or `map`.
     """
-    token = _target.set(_Target(platform, members, looped))
+    around = _target.get()
+    token = _target.set(_Target(platform or around.platform, members or around.members, looped or around.looped))
     try:
         yield
     finally:

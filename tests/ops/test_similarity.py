@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxad.ops import similarity
+from jaxad.ops import similarity, smooth
 
 
 def pair(shape=(2, 24, 16, 3), seed=0):
@@ -101,3 +101,12 @@ def test_gradients_are_those_of_differences():
 def test_sizes_that_cannot_be_halved_are_refused():
     with pytest.raises(ValueError, match="12x20 cannot be halved 3 times; expected multiples of 8"):
         similarity.ms_gms_map(jnp.zeros((1, 12, 20, 3)), jnp.zeros((1, 12, 20, 3)))
+
+
+def test_box_means_are_those_of_what_lies_on_the_map():
+    maps = np.random.default_rng(0).uniform(size=(2, 5, 7)).astype(np.float32)
+    expected = np.empty_like(maps)
+    for i in range(5):
+        for j in range(7):
+            expected[:, i, j] = maps[:, max(i - 1, 0) : i + 2, max(j - 1, 0) : j + 2].mean(axis=(1, 2))
+    np.testing.assert_allclose(smooth.box_smooth(jnp.asarray(maps), size=3), expected, rtol=1e-5)
