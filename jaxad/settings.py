@@ -11,7 +11,10 @@ from typing import Any
 
 from jaxad.core import Method
 
-DATA_FIELDS = ("image_size", "channels", "layout", "normal_class", "holdout", "clip", "clip_stride", "target")
+DATA_FIELDS = (
+    *("image_size", "channels", "layout", "normal_class", "holdout", "clip", "clip_stride", "target"),
+    *("labels_per_type", "labels_total"),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +34,8 @@ class Settings:
     clip: int | None = None
     clip_stride: int | None = None
     target: int | None = None
+    labels_per_type: int | None = None
+    labels_total: int | None = None
     config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def load_arguments(self) -> dict[str, Any]:
@@ -84,6 +89,7 @@ _EXPECTED = {
     "fpr": (lambda value: _is_number(value) and 0 < value < 1, "a rate between 0 and 1, such as 0.01"),
     "image_size": (_is_size, "pixels a side, or [height, width]"),
     **dict.fromkeys(("channels", "clip", "clip_stride", "target"), (_is_count, "a whole number")),
+    **dict.fromkeys(("labels_per_type", "labels_total"), (_is_count, "a whole number")),
     "holdout": (_is_number, "a number, such as 0.1"),
     "config": (lambda value: isinstance(value, Mapping), "fields of the method with their values"),
 }

@@ -44,6 +44,8 @@ def train(
     image_size: str | None = None,
     normal_class: str | None = None,
     holdout: float | None = None,
+    labels_per_type: int | None = None,
+    labels_total: int | None = None,
     clip_stride: int | None = None,
     preset: str | None = None,
     set: tyro.conf.UseAppendAction[list[str]] = [],  # noqa: A002, B006 - the flag's name; tyro copies it
@@ -67,6 +69,9 @@ def train(
       image_size: pixels a side, or HEIGHTxWIDTH; the preset's if not given.
       normal_class: the class that is normal, for sets of classes.
       holdout: share of the normal training pictures kept for the threshold.
+      labels_per_type: anomalous test pictures of each type that training may use, and testing may not; for any method,
+        so that all are tested on the same pictures.
+      labels_total: at most so many of them in all.
       clip_stride: frames between the starts of clips, for videos; 1 if not given.
       preset: named settings of the method (see `jaxad list`).
       set: field=value of the method's config; may be repeated.
@@ -95,6 +100,8 @@ def train(
         "image_size": parse_size(image_size),
         "normal_class": normal_class,
         "holdout": holdout,
+        "labels_per_type": labels_per_type,
+        "labels_total": labels_total,
         "clip_stride": clip_stride,
         "preset": preset,
         "seed": seed,

@@ -31,6 +31,7 @@ def sweep(
     layout: str | None = None,
     image_size: str | None = None,
     holdout: float | None = None,
+    labels_per_type: int | None = None,
     clip_stride: int | None = None,
     fpr: float | None = None,
     mesh: str | None = None,
@@ -56,6 +57,7 @@ def sweep(
       layout: how the pictures are arranged, if it is not recognised.
       image_size: pixels a side, or HEIGHTxWIDTH; the preset's if not given.
       holdout: share of the normal training pictures kept for the threshold.
+      labels_per_type: anomalous test pictures of each type that training may use, and testing may not.
       clip_stride: frames between the starts of clips, for videos; 1 if not given.
       fpr: share of normal pictures that may be called anomalous.
       mesh: devices, such as run=4,data=2; run spreads members, data splits batches; all over members if not given.
@@ -72,7 +74,7 @@ def sweep(
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     console = Console(quiet)
     given = {"layout": layout, "image_size": parse_size(image_size), "holdout": holdout, "clip_stride": clip_stride}
-    given |= {"preset": preset, "fpr": fpr}
+    given |= {"preset": preset, "fpr": fpr, "labels_per_type": labels_per_type}
     request = _request(method, data or ["synthetic"], normal_class, seeds, grid, set, given)
     name = f"sweep-{method}-{pathlib.PurePath(request.data[0]).name.replace(':', '-')}"
     folder = pathlib.Path(out) if out else files.free_folder(pathlib.Path("runs"), name)

@@ -12,6 +12,7 @@ import numpy as np
 from jaxad.data import files, layouts, manifest
 from jaxad.data.build import Settings, build
 from jaxad.data.dataset import DataError, Dataset
+from jaxad.data.labels import move_labelled
 from jaxad.data.records import Plan
 
 
@@ -26,6 +27,8 @@ def load(
     clip: int | None = None,
     clip_stride: int = 1,
     target: int = 0,
+    labels_per_type: int = 0,
+    labels_total: int | None = None,
     seed: int = 0,
 ) -> Dataset:
     """Loads a data set as uint8 arrays ready for the device.
@@ -42,7 +45,10 @@ def load(
       clip: frames a sample, for videos; None makes each frame a sample.
       clip_stride: frames between the starts of neighbouring clips.
       target: the frame of a clip, from 0, whose label and mask are the clip's.
-      seed: of what is chosen by chance: the holdout, and a test part where the layout has none.
+      labels_per_type: anomalous test pictures of each type of defect that go to the source "labelled" with their masks,
+        and are no more tested on (see `jaxad.data.labels`).
+      labels_total: at most so many in all.
+      seed: of what is chosen by chance: the holdout, labelled pictures, and a test part where the layout has none.
 
     Returns:
       A Dataset with NumPy arrays inside; `to_device()` puts them on the device.
@@ -53,13 +59,20 @@ def load(
     """
     height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
     settings = Settings((height, width), channels, holdout, clip, clip_stride, target, seed)
+    found = _load(where, settings, layout, normal_class)
+    return move_labelled(found, per_type=labels_per_type, total=labels_total, seed=seed)
+
+
+def _load(where: Any, settings: Settings, layout: str | None, normal_class: int | str | None) -> Dataset:
+    (height, width), channels, holdout, seed = settings.size, settings.channels, settings.holdout, settings.seed
+    clip, image_size = settings.clip, settings.size
     made_here = isinstance(where, np.ndarray | Mapping) or _is_synthetic(where)
     if made_here and clip is not None:
         raise DataError(f"clip={clip}, but this data has no videos to cut clips from. Leave out clip.")
     if isinstance(where, np.ndarray | Mapping):
         from jaxad.data.arrays import from_arrays
 
-        parts = dict(where) if isinstance(where, Mapping) else {"train": where}
+        parts: dict[str, Any] = dict(where) if isinstance(where, Mapping) else {"train": where}
         parts = {"holdout": holdout, **parts}  # its own holdout pictures win over a share
         return from_arrays(**parts, image_size=(height, width), channels=channels, seed=seed)
     if _is_synthetic(where):
