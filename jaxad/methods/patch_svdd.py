@@ -47,6 +47,7 @@ from jaxad.nn.dense import Conv, Layers, PatchNetwork
 from jaxad.ops.bank import k_centre, write
 from jaxad.ops.coverage import spread
 from jaxad.ops.nearest import PRECISIONS, nearest
+from jaxad.ops.patches import cut_patches
 
 DIRECTIONS = ((-1, -1), (-1, 0), (-1, 1), (0, -1), (0, 1), (1, -1), (1, 0), (1, 1))  # (row, column), by label
 COLLAPSED = 1e-3  # mean standard deviation under which embeddings count as constant
@@ -321,15 +322,6 @@ def sample(key: Array, cfg: PatchSVDDConfig, images: Array) -> Sizes:
         cut = cut_patches(images, corners, patch=patch)
         found.append(Pairs(jnp.concatenate([cut[:, :2] + shift + grain, cut[:, 2:]], axis=1), label))
     return Sizes(*found)
-
-
-def cut_patches(images: Array, corners: Array, *, patch: int) -> Array:
-    """Cuts patches out: images (B, H, W, C), corners (B, n, 2) int32 -> (B, n, patch, patch, C)."""
-
-    def cut(image, corner):
-        return lax.dynamic_slice(image, (corner[0], corner[1], 0), (patch, patch, image.shape[-1]))
-
-    return jax.vmap(jax.vmap(cut, in_axes=(None, 0)))(images, corners)
 
 
 # --- training -----------------------------------------------------------------------------------------------------

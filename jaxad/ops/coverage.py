@@ -1,4 +1,4 @@
-"""From scores of patches on a grid to scores of pixels: the mean over all patches that cover a pixel."""
+"""From patches on a grid to pixels of the picture: the mean over all patches that cover a pixel."""
 
 from __future__ import annotations
 
@@ -36,3 +36,27 @@ def spread(scores: Array, *, size: tuple[int, int], patch: int, stride: int, eve
     """
     rows, columns = (jnp.asarray(coverage_operator(n, patch=patch, stride=stride, every=every)) for n in size)
     return jnp.einsum("hi,bij,wj->bhw", rows, scores, columns, precision=lax.Precision.HIGHEST)
+
+
+def overlay(maps: Array, *, size: tuple[int, int], stride: int) -> Array:
+    """Lays maps of patches over a picture of `size` pixels: the mean where they overlap.
+
+    Args:
+      maps: (B, h, w, patch, patch), of patches that begin at 0, stride, ... along either axis, as many as fit.
+      size: (H, W).
+      stride: pixels between patches.
+
+    Returns:
+      (B, H, W); pixels behind the last patch repeat the last that is covered.
+    """
+    rows, columns = (jnp.asarray(_overlay_operator(n, patch=maps.shape[-1], stride=stride)) for n in size)
+    bands = jnp.einsum("hip,bijpq->bhjq", rows, maps, precision=lax.Precision.HIGHEST)
+    return jnp.einsum("wjq,bhjq->bhw", columns, bands, precision=lax.Precision.HIGHEST)
+
+
+def _overlay_operator(size: int, *, patch: int, stride: int) -> np.ndarray:
+    """(size, patches, patch) float32: what each pixel of each patch adds to a pixel of the line."""
+    covered = coverage_operator(size, patch=patch, stride=stride)
+    last = (covered.shape[1] - 1) * stride + patch - 1
+    inside = np.minimum(np.arange(size), last)[:, None] - np.arange(covered.shape[1]) * stride
+    return covered[..., None] * (inside[..., None] == np.arange(patch))
