@@ -74,6 +74,7 @@ def _power(x: Array, exponent: float) -> Array:
     return jnp.exp(exponent * jnp.log(jnp.maximum(x, 1e-9)))  # XLA-CPU has vector forms of these, of pow it has none
 
 
+@functools.partial(jax.jit, static_argnames=("grid", "iterations", "connectivity"))  # traced once for each shape
 def slic(
     images: Array,
     *,
@@ -157,14 +158,16 @@ def _neighbours(values: Array, offset: tuple[int, int], cells: _Cells, fill: flo
     return lax.pad(grids, jnp.float32(fill), edges).reshape(values.shape)
 
 
+def _shifts(step: Array, *, terms: int) -> Array:
+    """What places gain (terms 3 and 4) by being told from the cell at each offset: (9, terms, 1)."""
+    return jnp.pad(jnp.array(_OFFSETS) * step, [(0, 0), (3, terms - 5)])[..., None]
+
+
 def _nearest(pixels: _Pixels, step: Array, centres: Array, cells: _Cells) -> Array:
     """Which of the nine centres is nearest to each pixel: (pixels of a cell, cells) int32, an index of `_OFFSETS`."""
-    seen = []
-    for offset in _OFFSETS:
-        beside = _neighbours(centres, offset, cells, _FAR)
-        seen.append(jnp.concatenate([beside[:3], beside[3:] + (jnp.array(offset) * step)[:, None]]))
+    beside = jnp.stack([_neighbours(centres, offset, cells, _FAR) for offset in _OFFSETS])
     # In memory, or the loop over pixels would read each centre through the arithmetic of the shift.
-    around = lax.optimization_barrier(jnp.stack(seen))
+    around = lax.optimization_barrier(beside + _shifts(step, terms=5))
     best = jnp.full(pixels.lab.shape[1:], jnp.inf)
     which = jnp.zeros(pixels.lab.shape[1:], jnp.int32)
     for index in range(len(_OFFSETS)):
@@ -181,20 +184,18 @@ def _means(pixels: _Pixels, step: Array, centres: Array, which: Array, cells: _C
     length = -(-cells.size // terms)
     spare = [(0, terms * length - cells.size), (0, 0)]  # counted as nothing: their one is a zero
     lab, place = (jnp.pad(part, [(0, 0), *spare]) for part in pixels)
-    which, partial = jnp.pad(which, spare), []
-    for index in range(len(_OFFSETS)):
-        colours, places = jnp.zeros((3, length, cells.total)), jnp.zeros((3, length, cells.total))
-        for start in range(0, terms * length, length):
-            rows = slice(start, start + length)
-            is_mine = which[rows] == index
-            colours += jnp.where(is_mine, lab[:, rows], 0.0)
-            places += jnp.where(is_mine, place[:, rows], 0.0)
-        partial.append(jnp.concatenate([colours, places]))
-    by_offset = lax.optimization_barrier(jnp.stack(partial)).sum(axis=2)  # (9, 6, K)
-    totals = jnp.zeros((6, cells.total))
-    for found, offset in zip(by_offset, _OFFSETS, strict=True):
-        moved = found.at[3:5].add(-(jnp.array(offset) * step)[:, None] * found[5])
-        totals += _neighbours(moved, (-offset[0], -offset[1]), cells, 0.0)
+    which, each = jnp.pad(which, spare), jnp.arange(len(_OFFSETS))[:, None, None]
+    colours = places = jnp.zeros((len(_OFFSETS), 3, length, cells.total))
+    for start in range(0, terms * length, length):
+        rows = slice(start, start + length)
+        is_mine = (which[rows] == each)[:, None]
+        colours += jnp.where(is_mine, lab[:, rows], 0.0)
+        places += jnp.where(is_mine, place[:, rows], 0.0)
+    by_offset = lax.optimization_barrier(jnp.concatenate([colours, places], axis=1)).sum(axis=2)  # (9, 6, K)
+    moved = by_offset - _shifts(step, terms=6) * by_offset[:, 5:]
+    totals = sum(
+        _neighbours(found, (-down, -right), cells, 0.0) for found, (down, right) in zip(moved, _OFFSETS, strict=True)
+    )
     return jnp.where(totals[5] > 0, totals[:5] / jnp.maximum(totals[5], 1.0), centres)
 
 
