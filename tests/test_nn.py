@@ -51,6 +51,36 @@ def test_correlate(impl, spatial, taps, strides, padding):
     np.testing.assert_allclose(got, correlate_loop(image, kernel, strides, padding), atol=1e-4)
 
 
+@pytest.mark.parametrize(
+    "spatial, taps, strides, padding, channels, outputs, fold",
+    [
+        ((9, 11), (5, 5), (1, 1), ((0, 1), (0, 1)), 3, 32, 2),
+        ((9, 10), (3, 3), (2, 1), ((1, 1), (1, 1)), 3, 8, 4),
+        ((4, 5, 7), (3, 3, 3), (1, 2, 1), ((1, 1),) * 3, 1, 16, 2),
+        ((8, 9), (3, 4), (1, 1), ((1, 0), (2, 0)), 2, 5, 4),
+        ((8, 9), (3, 3), (1, 2), ((1, 1), (1, 1)), 3, 8, 1),
+        ((8, 9), (3, 1), (1, 1), ((1, 1), (0, 0)), 3, 8, 1),
+        ((8, 9), (3, 3), (1, 1), ((1, 1), (1, 1)), 8, 32, 1),
+        ((8, 9), (3, 3), (1, 1), ((1, 1), (1, 1)), 1, 64, 1),
+    ],
+)
+def test_pixels_are_folded_into_few_channels_on_cpu(spatial, taps, strides, padding, channels, outputs, fold):
+    rng = np.random.default_rng(0)
+    image, kernel = rng.normal(size=(2, *spatial, channels)), rng.normal(size=(*taps, channels, outputs))
+
+    def traced(platform):
+        with conv.lowering_for(platform=platform):
+            f = jax.make_jaxpr(lambda x, k: conv.correlate(x, k, strides=strides, padding=padding, impl="conv"))
+            return f(jnp.float32(image), jnp.float32(kernel))
+
+    def wide(jaxpr):
+        return [e.invars[1].aval.shape[-1] for e in jaxpr.eqns if e.primitive.name == "conv_general_dilated"]
+
+    assert wide(traced("cpu")) == [fold * outputs] and wide(traced("tpu")) == [outputs]
+    got = conv.correlate(jnp.float32(image), jnp.float32(kernel), strides=strides, padding=padding, impl="conv")
+    np.testing.assert_allclose(got, correlate_loop(image, kernel, strides, padding), atol=1e-4)
+
+
 @pytest.mark.parametrize("impl", ["conv", "mixed", "gemm"])
 @pytest.mark.parametrize(
     "spatial, strides, output_padding",
