@@ -19,9 +19,9 @@ EXAMPLES = [text for kind, text in BLOCKS if kind == "python"]
 def test_set_up_and_tests_are_the_first_two_commands():
     """They cannot run inside a test, so their words are pinned; `.ci/run` runs both."""
     assert COMMANDS[0] == 'pip install -e ".[test]" && jaxad demo --out runs/demo'
-    assert COMMANDS[1] == "pytest"
+    assert COMMANDS[1] == "pytest -n 2 --dist loadfile"
     script = (README.parent / ".ci" / "run").read_text()
-    assert "pip install" in script and '-e ".[test' in script and "pytest" in script
+    assert "pip install" in script and '-e ".[test' in script and f"exec {COMMANDS[1]}" in script
 
 
 @pytest.fixture(scope="module")
