@@ -393,10 +393,10 @@ def examples(key: Array, state: OGNetState, images: Array) -> Judged:
       images: (B, H, W, C) in [0, 1]; row r is of update r % updates, so that devices share every update's batch.
 
     Returns:
-      Judged of arrays (B / updates, updates, h, w, C), with B / updates = `batch_size`.
+      Judged of arrays (B / updates, updates, h, w, C), of `refine_block` updates where that divides B.
     """
     cfg, count = state.cfg, images.shape[0]
-    updates = max(1, count // cfg.batch_size)
+    updates = math.gcd(count, cfg.refine_block)  # fewer where a batch of another size is given
     uniform = uniform_rows(key, count, 6)
     x = views(cfg, images, uniform[:, :2])
 

@@ -9,13 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxad import train
+from jaxad import metrics, score, train
 from jaxad.core import Batch, Source, Spec, as_arrays
-from jaxad.methods import ognet
+from jaxad.methods import ognet, ognet_stability
 from jaxad.nn.adversarial import Discriminator, Generator, Layer, Norm
+from jaxad.nn.conv import lowering_for
 
-SMALL = {"widths": (3, 4, 5, 6), "taps": 3, "steps": 6, "batch_size": 4, "conv_impl": "conv"}
-SHAPE = (14, 14, 2)  # 14 - 12 - 10 - 8 - 6 inside the autoencoder, 14 - 7 - 4 - 2 - 1 inside the discriminator
+SMALL = {"widths": (3, 4), "taps": 3, "steps": 6, "batch_size": 4, "refine_block": 3, "conv_impl": "conv"}
+SHAPE = (9, 9, 2)  # 9 - 7 - 5 inside the autoencoder, 9 - 5 - 3 inside the discriminator
 IMAGES = jnp.asarray(np.random.default_rng(0).uniform(size=(12, *SHAPE)), jnp.float32)
 
 
@@ -101,8 +102,8 @@ def test_networks_have_the_published_sizes():
 def test_drawn_as_torch_draws():
     state = fresh()
     for network, name, fan in (
-        ("generator", "down_2", 9 * 4),
-        ("generator", "up_0", 9 * 5),
+        ("generator", "down_1", 9 * 3),
+        ("generator", "up_0", 9 * 3),
         ("generator", "last", 9 * 2),
     ):
         kernel = getattr(state, network).params[name]["kernel"]
@@ -121,12 +122,12 @@ def test_the_first_half_is_normalised_before_its_relu_and_the_second_half_after_
     )
     outputs = {name: np.asarray(leaf["__call__"][0]) for name, leaf in seen["intermediates"].items() if "down" in name}
     stats = state.generator.batch_stats
-    for i in range(4):
+    for i in range(2):
         before, after, own = outputs[f"down_{i}"], outputs[f"down_norm_{i}"], stats[f"down_norm_{i}"]
-        rectified = before if i < 2 else np.maximum(before, 0)
+        rectified = before if i < 1 else np.maximum(before, 0)
         expected = normalised(rectified, own["mean"], own["var"])  # scale and bias are still 1 and 0
         np.testing.assert_allclose(after, expected, rtol=1e-4, atol=1e-5)
-    assert (outputs["down_norm_1"] < 0).any() and (outputs["down_norm_3"] < 0).any()
+    assert (outputs["down_norm_0"] < 0).any() and (outputs["down_norm_1"] < 0).any()
 
 
 def test_a_transposed_convolution_adds_up_turned_kernels():
@@ -275,7 +276,7 @@ def test_the_discriminator_learns_from_its_own_loss_alone():
         logits, _ = ognet._learn(ognet.discriminator_of(state.cfg), params, state.discriminator.batch_stats, shown)
         return 0.5 * (jax.nn.softplus(-logits[:, 0]).mean() + jax.nn.softplus(logits[:, 1]).mean())
 
-    told, grads = jax.value_and_grad(loss)(state.discriminator.params)
+    told, grads = jax.jit(jax.value_and_grad(loss))(state.discriminator.params)
     np.testing.assert_allclose(metrics["discriminator"], told, rtol=1e-5)
     mine = jax.tree.map(lambda m: m / 0.1, after.optimizer.discriminator.mu)
     assert_close(mine, grads, rtol=2e-3, atol=2e-6)
@@ -351,7 +352,7 @@ def test_what_is_shown_is_made_of_trained_autoencoders_without_noise():
 
 
 def test_a_block_is_updates_one_after_the_other():
-    state = fresh(refine_block=3)
+    state = fresh()
     after, _ = refine_step(jax.random.key(0), state, batch_of(IMAGES))
     shown = jax.jit(ognet.examples)(jax.random.key(0), state, IMAGES)
     network, optimizer = state.discriminator, state.optimizer.discriminator
@@ -422,21 +423,21 @@ def test_the_score_of_a_picture_is_the_logit_of_its_reconstruction():
 
 def test_scores_of_patches(monkeypatch):
     """On a grid of 3x4 patches: the map is the mean over patches, the image score their maximum, or the top one."""
-    cut = {"patch": 14, "stride": 4}
+    cut = {"patch": 9, "stride": 4}
     state = with_fields(fresh(), smooth_sigma=0.0, **cut)
-    picture = jnp.asarray(np.random.default_rng(5).uniform(size=(2, 22, 27, 2)), jnp.float32)
+    picture = jnp.asarray(np.random.default_rng(5).uniform(size=(2, 17, 22, 2)), jnp.float32)
     scores = jax.jit(ognet.score)(state, picture)
     whole = jax.jit(ognet.score)
     patches = [(i, j) for i in (0, 4, 8) for j in (0, 4, 8, 12)]
     alone = {
-        (i, j): np.asarray(whole(with_fields(state, patch=0), picture[:, i : i + 14, j : j + 14]).image)
+        (i, j): np.asarray(whole(with_fields(state, patch=0), picture[:, i : i + 9, j : j + 9]).image)
         for i, j in patches
     }
     np.testing.assert_allclose(scores.image, np.max([*alone.values()], axis=0), rtol=1e-4, atol=1e-5)
-    covering = [value for (i, j), value in alone.items() if i <= 9 < i + 14 and j <= 5 < j + 14]
-    np.testing.assert_allclose(scores.map[:, 9, 5], np.mean(covering, axis=0), rtol=1e-4, atol=1e-5)
+    covering = [value for (i, j), value in alone.items() if i <= 8 < i + 9 and j <= 5 < j + 9]
+    np.testing.assert_allclose(scores.map[:, 8, 5], np.mean(covering, axis=0), rtol=1e-4, atol=1e-5)
     assert len(covering) == 3 * 2
-    monkeypatch.setattr(ognet, "_AT_ONCE", 5 * 14 * 14)  # 24 patches in blocks of 5
+    monkeypatch.setattr(ognet, "_AT_ONCE", 5 * 9 * 9)  # 24 patches in blocks of 5
     in_blocks = jax.jit(lambda state, images: ognet.score(state, images))(state, picture)
     assert_close(in_blocks, scores, rtol=1e-4, atol=1e-5)
 
@@ -449,13 +450,13 @@ def test_the_top_hundredth_of_patches():
 
 
 def test_dense_scores_are_those_of_patches_of_the_whole_reconstruction():
-    state = with_fields(fresh(), smooth_sigma=0.0, patch=14, stride=6, dense=True, map="recon")
-    picture = jnp.asarray(np.random.default_rng(5).uniform(size=(2, 20, 20, 2)), jnp.float32)
+    state = with_fields(fresh(), smooth_sigma=0.0, patch=9, stride=6, dense=True, map="recon")
+    picture = jnp.asarray(np.random.default_rng(5).uniform(size=(2, 15, 15, 2)), jnp.float32)
     scores = jax.jit(ognet.score)(state, picture)
     rebuilt = Generator(state.cfg.widths, 3, impl="conv").apply(state.generator._asdict(), picture * 2 - 1, train=False)
     np.testing.assert_allclose(scores.map, abs(rebuilt - (picture * 2 - 1)).mean(axis=-1), rtol=1e-4, atol=1e-5)
     judge = Discriminator(state.cfg.widths, 3, impl="conv")
-    four = jnp.stack([rebuilt[:, i : i + 14, j : j + 14] for i in (0, 6) for j in (0, 6)], axis=1)
+    four = jnp.stack([rebuilt[:, i : i + 9, j : j + 9] for i in (0, 6) for j in (0, 6)], axis=1)
     logits = judge.apply(state.discriminator._asdict(), four, train=False)
     np.testing.assert_allclose(scores.image, logits.max(axis=1), rtol=1e-4, atol=1e-5)
 
@@ -468,9 +469,9 @@ def test_dense_scores_are_those_of_patches_of_the_whole_reconstruction():
     [
         ({"map": "heat"}, "map='heat' is unknown; expected one of"),
         ({"generator_gradient": "both"}, "generator_gradient='both' is unknown"),
-        ({"patch": 8}, "at least 9 pixels a side, for 4 layers of 3 taps"),
-        ({"patch": 15}, "no larger than the pictures"),
-        ({"patch": 10, "stride": 11}, "a stride of 1 to a patch"),
+        ({"patch": 4}, "at least 5 pixels a side, for 2 layers of 3 taps"),
+        ({"patch": 10}, "no larger than the pictures"),
+        ({"patch": 8, "stride": 9}, "a stride of 1 to a patch"),
         ({"old_share": 1.0}, "a share between 0 and 1 and at least 2 steps"),
         ({"steps": 1}, "steps=1; expected a share"),
         ({"refine_steps": 20, "refine_block": 8}, "divides the steps. Pass --set refine_block=5"),
@@ -488,3 +489,69 @@ def test_clips_are_refused_and_presets_are_not():
     for preset in ognet.PRESETS.values():
         size, channels = preset.data["image_size"], preset.data["channels"]
         ognet.check(ognet.OGNetConfig(**preset.config), Spec((size, size, channels), {}))
+
+
+# --- stability ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_the_study_refines_each_stop_as_a_run_that_ends_there_would(tmp_path):
+    cfg = config(steps=9, refine_steps=6, refine_block=3, refine_rate=0.01, learning_rate=0.01)
+    pictures = np.random.default_rng(1).integers(0, 256, (24, *SHAPE), np.uint8)
+    data = {"train": Source(image=jnp.asarray(pictures[:12]), label=jnp.zeros(12, jnp.int32))}
+    test = Source(image=jnp.asarray(pictures), label=jnp.arange(24, dtype=jnp.int32) // 12)
+    said = []
+    found = ognet_stability.stability(
+        jax.random.key(0), cfg, data, test, stops=(5, 6, 9), batch_size=10, say=said.append
+    )
+    assert list(found.stops) == [5, 6, 9] and len(set(found.before)) > 1 and said
+    whole = {}
+    for progress in train.drive(ognet.METHOD, jax.random.key(0), cfg, data, mode="loop"):
+        whole[progress.name] = jax.tree.map(jnp.copy, progress.state)
+    for name, mine in (("adversarial", found.before), ("refine", found.after)):
+        scores = score.score_dataset(ognet.METHOD, whole[name], test)
+        assert mine[-1] == pytest.approx(metrics.image_metrics(scores.image, test.label)["auroc"], abs=0.02)
+    together = ognet_stability.stability(jax.random.key(0), cfg, data, test, stops=(5, 6, 9), way="vmap")
+    np.testing.assert_array_equal(together.before, found.before)
+    np.testing.assert_allclose(together.after, found.after, atol=0.02)
+    ognet_stability.plot(found, tmp_path / "study.png")
+    assert (tmp_path / "study.png").stat().st_size > 5000
+    with pytest.raises(ValueError, match="ascending steps after 3"):
+        ognet_stability.stability(jax.random.key(0), cfg, data, test, stops=(3, 9))
+
+
+def test_the_table_of_the_study():
+    found = ognet_stability.Stability(np.array([5, 9]), np.array([0.5, 0.7]), np.array([0.8, 0.9]))
+    facts = ognet_stability.summary(found)
+    assert facts["before"]["mean"] == pytest.approx(0.6) and facts["after"]["deviation"] == pytest.approx(0.0707107)
+    lines = ognet_stability.table(found).splitlines()
+    assert lines[2] == "| 5 steps | 0.5000 | 0.8000 |" and lines[-1] == "| deviation | 0.1414 | 0.0707 |"
+
+
+def test_the_studys_pictures_are_all_normal_ones_and_some_of_each_kind():
+    label = np.array([0, 1, 1, 1, 0, 1, 1])
+    source = Source(image=jnp.arange(7, dtype=jnp.uint8).reshape(7, 1, 1, 1), label=jnp.asarray(label))
+    chosen = ognet_stability.choose_test(source, ["good", "a", "b", "a", "good", "a", "b"], per_kind=2)
+    assert list(chosen.image.ravel()) == [0, 1, 2, 3, 4, 6]
+
+
+def test_on_cpu_no_convolution_is_without_padding():
+    """There XLA takes a slow path; elsewhere nothing is to be padded."""
+    state = fresh(conv_impl="mixed")
+
+    def bare(platform):
+        with lowering_for(platform=platform):
+            step = jax.make_jaxpr(lambda *given: ognet.adversarial_step(*given))  # new: what is traced is kept
+            traced = step(jax.random.key(0), state, batch_of(IMAGES[:4]))
+        found = [e.params["padding"] for e in _equations(traced.jaxpr) if e.primitive.name == "conv_general_dilated"]
+        assert len(found) > 10
+        return sum(not any(map(any, padding)) for padding in found)
+
+    assert bare("cpu") == 0 and bare("tpu") > 0
+
+
+def _equations(jaxpr):
+    for equation in jaxpr.eqns:
+        yield equation
+        for inner in jax.core.jaxprs_in_params(equation.params):
+            yield from _equations(inner)
