@@ -3,8 +3,8 @@ depthwise convolutions as filters, sums over superpixels by `index_add_`. There 
 
 What is hidden must be the same on both sides, so the peer asks jaxad for superpixels and for what a step hides, and is
 timed with them. That favours it: scikit-image's superpixels take 3 times as long (benchmarks/superpixels.py). Pictures
-wait as tensors on its device, and testing runs without gradients. Other kinds of network, loss and residual than the
-default ones are refused.
+wait as tensors on its device, and testing runs without gradients. Other kinds of network, loss and map than the default
+ones are refused.
 """
 
 from __future__ import annotations
@@ -122,12 +122,18 @@ def ms_gms_map(a, b):
     return total / 4
 
 
+RESIDUALS = {
+    "gms": lambda restored, images: 1 - ms_gms_map(restored, images),
+    "ssim": lambda restored, images: 1 - ssim_map(restored, images),
+    "l2": lambda restored, images: ((restored - images) ** 2).mean(dim=1),
+}
+
+
 def refuse(cfg) -> None:
     """Raises ValueError for settings that the peer does not have."""
     expected: dict[str, Any] = {
         "conv": "plain",
         "loss": "riad",
-        "residual": "gms",
         "pixel_map": "region",
         "image_score": "max",
         "augment": "none",
@@ -164,6 +170,7 @@ def make(state, spec, *, device: str, wrap) -> Peer:
         return error + weights[0] * ssim + weights[1] * gms
 
     losses, fill = wrap(loss_of), wrap(model)
+    unlike = RESIDUALS[cfg.residual]
 
     def classes_of(labels, grid):
         if cfg.grouping == "one_by_one":
@@ -178,7 +185,7 @@ def make(state, spec, *, device: str, wrap) -> Peer:
             mine = (classes == k)[:, None].float()
             hidden = functional.max_pool2d(mine, 2 * cfg.dilate + 1, stride=1, padding=cfg.dilate)
             restored = torch.where(mine > 0, (fill(images * 2 - 1, hidden) + 1) / 2, restored)
-        residual = 1 - ms_gms_map(restored, images)
+        residual = unlike(restored, images)
         mean, squares, number = (tensor(x).to(images.device) for x in (seen.mean, seen.squares, seen.count))
         deviation = torch.sqrt(squares / number.clamp(min=1))
         floor = (float(cfg.position_floor) * deviation.mean()).clamp(min=1e-6)

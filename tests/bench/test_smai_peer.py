@@ -41,7 +41,9 @@ def torch_batch(images):
 
 
 @pytest.mark.parametrize(
-    "fields", [{}, {"grouping": "one_by_one", "calibrate": "none"}], ids=["coloured", "one by one"]
+    "fields",
+    [{}, {"residual": "ssim"}, {"residual": "l2", "grouping": "one_by_one", "calibrate": "none"}],
+    ids=["coloured", "ssim", "one by one, l2"],
 )
 def test_scores_are_equal(fields):
     spec, state, images = start(**fields)
