@@ -435,18 +435,24 @@ PRESETS = {
     ),
     "cpu": Preset(
         "pictures of 128x128 at a quarter of the width, minutes on two cores (ours)",
-        config={"widths": (16, 32, 64, 128, 128), "learning_rate": 1e-3, "steps": 1000},
+        config={
+            "widths": (16, 32, 64, 128, 128),
+            "residual": "ssim",  # tells defects that were planted on held-out bottles better than gms does
+            "learning_rate": 1e-3,
+            "steps": 1000,
+        },
         data={"image_size": 128, "channels": 3},
     ),
     "tiny": Preset(
-        "for tests and first looks: 32x32, a minute on two cores (ours)",
+        "for tests and first looks: 32x32, half a minute on two cores (ours)",
         config={
-            "widths": (8, 16, 32),
-            "grids": (8, 4),
+            "widths": (8, 16),
+            "grids": (8,),
+            "residual": "ssim",
             "dilate": 1,
             "batch_size": 16,
             "learning_rate": 3e-3,
-            "steps": 300,
+            "steps": 150,
         },
         data={"image_size": 32, "channels": 3},
     ),
