@@ -185,13 +185,13 @@ def check_recompiles(case: Case, names: tuple[str, ...] = ()) -> None:
 
 def check_rows(case: Case) -> None:
     """Row i of a score depends on image i only; scores are finite and have the declared shapes."""
-    state, images = fit(case), images_of(case)
-    scores = case.method.score(state, images)
+    state, images, score = fit(case), images_of(case), jax.jit(case.method.score)
+    scores = score(state, images)
     assert scores.image.shape == images.shape[:1] and scores.map.shape == (images.shape[0], *images.shape[-3:-1])
     assert scores.image.dtype == scores.map.dtype == jnp.float32
     assert all(bool(jnp.isfinite(leaf).all()) for leaf in scores)
     for row in range(images.shape[0]):
-        alone = case.method.score(state, images[row : row + 1])
+        alone = score(state, images[row : row + 1])
         assert_close(alone, jax.tree.map(lambda leaf, r=row: leaf[r : r + 1], scores), rtol=1e-4, atol=1e-6)
 
 
@@ -236,4 +236,4 @@ def check_saved(case: Case, folder: pathlib.Path) -> None:
     pixels = case.data["labelled"].image[:3]
     artefact = export.export_score(case.method, saved.state, spec_of(case.data))
     got = jax.export.deserialize(bytearray(artefact)).call(pixels)
-    assert_close(got, case.method.score(state, pixels.astype(jnp.float32) / 255), rtol=1e-4, atol=1e-5)
+    assert_close(got, jax.jit(case.method.score)(state, pixels.astype(jnp.float32) / 255), rtol=1e-4, atol=1e-5)

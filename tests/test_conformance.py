@@ -38,7 +38,15 @@ SMALL = {
     },
     "patch_svdd": {"steps": 5, "batch_size": 8, "widths": (), "features": 4, "hidden": 8},  # patches of 4 and 8
     "uninformed_students": {"steps": 5, "width": 0.04, "descriptor": 5},
-    "smai": {"steps": 5, "batch_size": 8, "widths": (6, 8), "grids": (4,), "learning_rate": 0.01},
+    "smai": {
+        "steps": 4,
+        "batch_size": 8,
+        "widths": (6,),
+        "grids": (4,),
+        "residual": "gms",
+        "learning_rate": 0.01,
+        "conv_impl": "conv",
+    },
 }
 CHANGE = {
     "gradcon": {"smooth_sigma": 60.0},
