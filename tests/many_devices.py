@@ -21,7 +21,10 @@ def config(method, preset, **fields):
 def pictures(size, channels=3, count=40, seed=0):
     image = np.random.default_rng(seed).integers(0, 255, (count, size, size, channels), np.uint8)
     source = Source(image=image, label=np.zeros(count, np.int32))
-    return {"train": source, "holdout": source}
+    mask = np.zeros((8, size, size), np.uint8)
+    mask[:, : size // 4, : size // 4] = 1
+    labelled = Source(image=image[:8], label=np.ones(8, np.int32), mask=mask)
+    return {"train": source, "holdout": source, "labelled": labelled}
 
 
 def sharding(mesh):

@@ -63,6 +63,7 @@ class PixelClassifier(nn.Module):
     """
 
     features: Sequence[int] = (32, 16, 8, 4)
+    momentum: float = 0.9  # of running statistics
     impl: str = "auto"
     dtype: Any = jnp.float32
 
@@ -74,7 +75,9 @@ class PixelClassifier(nn.Module):
             kernel = self.param(f"kernel_{i}", init.uniform(bound), (3, 3, x.shape[-1], width))
             bias = lax.stop_gradient(self.param(f"bias_{i}", init.uniform(bound), (width,)))  # normalised away
             x = dilated3(x, kernel.astype(self.dtype), dilation=2**i, impl=self.impl) + bias.astype(self.dtype)
-            norm = nn.BatchNorm(use_running_average=not train, momentum=0.9, dtype=jnp.float32, name=f"norm_{i}")
+            norm = nn.BatchNorm(
+                use_running_average=not train, momentum=self.momentum, dtype=jnp.float32, name=f"norm_{i}"
+            )
             x = jax.nn.leaky_relu(norm(x), 0.2).astype(self.dtype)
         bound = 1 / math.sqrt(x.shape[-1])
         kernel = self.param("last_kernel", init.uniform(bound), (x.shape[-1], 1))
