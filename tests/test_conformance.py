@@ -38,6 +38,18 @@ SMALL = {
     },
     "patch_svdd": {"steps": 5, "batch_size": 8, "widths": (), "features": 4, "hidden": 8},  # patches of 4 and 8
     "uninformed_students": {"steps": 5, "width": 0.04, "descriptor": 5},
+    "ognet": {
+        "steps": 3,
+        "batch_size": 8,
+        "widths": (4, 6),
+        "taps": 3,
+        "patch": 6,
+        "stride": 2,
+        "refine_steps": 6,
+        "refine_block": 3,
+        "refine_rate": 0.01,
+        "conv_impl": "conv",
+    },
     "smai": {
         "steps": 4,
         "batch_size": 8,
@@ -54,6 +66,7 @@ CHANGE = {
     "mnad": {"smooth_sigma": 60.0, "gate": 10.0},
     "patch_svdd": {"svdd_weight": 10.0, "colour_noise": 1.0, "pixel_noise": 1.0},
     "uninformed_students": {"weight_decay": 10.0},
+    "ognet": {"smooth_sigma": 60.0, "low_weight": 0.5, "real_weight": 0.9},
     "smai": {"compactness": 1000.0},
 }
 
