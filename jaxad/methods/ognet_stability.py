@@ -210,6 +210,7 @@ def main() -> None:
     import pathlib
 
     from jaxad import allocator, data, settings
+    from jaxad.bench import machine
 
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("data")
@@ -245,6 +246,7 @@ def main() -> None:
         facts = {name: value for name, value in vars(options).items() if name not in ("json", "plot", "data")}
         rows = [{"stop": int(stop), "before": float(a), "after": float(b)} for stop, a, b in zip(*found, strict=True)]
         record = {"settings": facts, "pictures": len(test), "rows": rows, "summary": summary(found)}
+        record["environment"] = machine.environment()
         options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps(record, indent=1) + "\n")
 
