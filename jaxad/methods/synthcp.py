@@ -26,7 +26,9 @@ What is whose:
     (`backbone_weights`), not of VGG-19; without, there is none, or multi-scale L1 and SSIM ("l1_ssim").
   * Generator and discriminators are updated from one shared forward pass, where the code runs the generator twice.
   * Ours: the image score, the mean of the highest hundredth of the pixels; the paper has none.
-  * Nothing here reproduces the paper's figures: its data sets are not at hand.
+  * Nothing here reproduces the paper's figures: its data sets are not at hand. Nor is it shown yet that comparing beats
+    confidence alone: on 64 made scenes of three classes, 150 steps for each network, an unseen shape was told with a
+    pixel AUROC of 0.88 by the MSP alone, 0.68 behind the gate of 0.999 and 0.64 by features alone.
 """
 
 from __future__ import annotations
