@@ -66,7 +66,7 @@ CHANGE = {
     "mnad": {"smooth_sigma": 60.0, "gate": 10.0},
     "patch_svdd": {"svdd_weight": 10.0, "colour_noise": 1.0, "pixel_noise": 1.0},
     "uninformed_students": {"weight_decay": 10.0},
-    "ognet": {"smooth_sigma": 60.0, "low_weight": 0.5, "real_weight": 0.9},
+    "ognet": {"smooth_sigma": 60.0, "low_weight": 0.001, "real_weight": 0.9},
     "smai": {"compactness": 1000.0},
 }
 
