@@ -13,6 +13,7 @@ METHODS = {
     "gradcon": "jaxad.methods.gradcon",
     "memae": "jaxad.methods.memae",
     "mnad": "jaxad.methods.mnad",
+    "neural_batch": "jaxad.methods.neural_batch",
     "patch_svdd": "jaxad.methods.patch_svdd",
     "smai": "jaxad.methods.smai",
     "uninformed_students": "jaxad.methods.uninformed_students",

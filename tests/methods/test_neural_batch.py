@@ -395,6 +395,7 @@ def test_the_top_of_the_map_makes_the_image_score():
     )  # one pixel in a thousand of 64 is one
 
 
+@pytest.mark.slow
 def test_a_defect_that_colours_show_is_learned():
     """Dark pictures with a bright square: after training its pixels are above the others."""
     numbers = np.random.default_rng(0)
