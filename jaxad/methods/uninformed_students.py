@@ -42,12 +42,13 @@ from jax.sharding import AxisType, Mesh, PartitionSpec
 from jaxad.core import Array, Batch, Method, Phase, Preset, Scores, Spec, config, static
 from jaxad.methods import patch_teacher
 from jaxad.nn import patch_net
+from jaxad.nn.conv import target_platform
 from jaxad.nn.dense import BACKENDS, PatchNetwork
 from jaxad.nn.init import init_flat
 from jaxad.ops import moments
 from jaxad.ops.moments import Moments
 
-ENSEMBLES = ("auto", "unrolled", "vmap", "shard")
+ENSEMBLES = ("auto", "unrolled", "loop", "vmap", "shard")
 
 
 @config
@@ -71,7 +72,7 @@ class UninformedStudentsConfig:
     batch_size: int = static(1)
     dtype: str = static("float32")  # of convolutions: "float32" | "bfloat16"
     backend: str = static("auto")  # of dense evaluation: "auto" | "phase" | "dilated" | "patch"
-    ensemble: str = static("auto")  # students one after the other: "unrolled"; "vmap"; over devices: "shard"
+    ensemble: str = static("auto")  # students one after the other: "unrolled" | "loop"; "vmap"; over devices: "shard"
     conv_impl: str = static("auto")  # "auto" | "conv" | "mixed" | "gemm"
     learning_rate: float = 1e-4  # Adam, betas 0.9 and 0.999
     weight_decay: float = 1e-5  # added to gradients, as torch's Adam has it
@@ -265,13 +266,15 @@ def phases(cfg: UninformedStudentsConfig) -> tuple[Phase, ...]:
 # --- the ensemble -------------------------------------------------------------------------------------------------
 
 
-def _one(students: Any, m: int) -> Any:
-    return jax.tree.map(lambda leaf: leaf[m], students)
-
-
 def _how(cfg: UninformedStudentsConfig) -> str:
-    """One after the other is the fastest here: vmapped kernels become grouped convolutions (benchmarks/dense.py)."""
-    return "unrolled" if cfg.ensemble == "auto" else cfg.ensemble
+    """One after the other: vmapped kernels become grouped convolutions (benchmarks/dense.py).
+
+    XLA-CPU's convolutions are slow in a loop. The TPU compiler takes several times longer for networks that are there
+    more than once, and each of their convolutions fills a chip (by its estimates). GPUs: not measured.
+    """
+    if cfg.ensemble == "auto":
+        return "loop" if target_platform() == "tpu" else "unrolled"
+    return cfg.ensemble
 
 
 def _over_devices(cfg: UninformedStudentsConfig, function: Callable, shared: int, out_specs: Any) -> Callable:
@@ -289,15 +292,15 @@ def _per_student(cfg: UninformedStudentsConfig, function: Callable, students: An
         return jax.vmap(function, in_axes=(0, *(None,) * len(shared)))(students, *shared)
 
     def in_turn(students, *shared):
-        each = [function(_one(students, m), *shared) for m in range(jax.tree.leaves(students)[0].shape[0])]
-        return jax.tree.map(lambda *leaves: jnp.stack(leaves), *each)
+        step = lambda _, params: (None, function(params, *shared))  # noqa: E731
+        return jax.lax.scan(step, None, students, unroll=how != "loop")[1]
 
-    if how == "unrolled":
+    if how != "shard":
         return in_turn(students, *shared)
     return _over_devices(cfg, in_turn, len(shared), PartitionSpec("students"))(students, *shared)
 
 
-def votes_in_turn(function: Callable, students: Any, target: Array) -> Votes:
+def votes_in_turn(function: Callable, students: Any, target: Array, *, unroll: bool = True) -> Votes:
     """Mean and scatter of what students say, one student after the other, by Welford's update: no cancellation, and
     never more than one student's descriptors in memory.
 
@@ -305,13 +308,18 @@ def votes_in_turn(function: Callable, students: Any, target: Array) -> Votes:
       function: (params of one student) -> (B, h, w, d).
       students: params with a leading axis.
       target: (B, h, w, d), taken off first.
+      unroll: whether the compiled program has each student's network, or one in a loop.
     """
-    mean, squares, count = jnp.zeros_like(target), jnp.zeros(target.shape[:-1]), 0
-    for m in range(jax.tree.leaves(students)[0].shape[0]):
-        count += 1
-        apart = function(_one(students, m)) - target - mean
-        mean = mean + apart / count
-        squares = squares + jnp.sum(apart**2, axis=-1) * ((count - 1) / count)
+
+    def hear(so_far, student):
+        (mean, squares), (params, before) = so_far, student
+        apart = function(params) - target - mean
+        mean = mean + apart / (before + 1)
+        return (mean, squares + jnp.sum(apart**2, axis=-1) * (before / (before + 1))), None
+
+    count = jax.tree.leaves(students)[0].shape[0]
+    start = jnp.zeros_like(target), jnp.zeros(target.shape[:-1])
+    (mean, squares), _ = jax.lax.scan(hear, start, (students, jnp.arange(float(count))), unroll=unroll)
     return Votes(mean, squares, count)
 
 
@@ -324,9 +332,9 @@ def votes(cfg: UninformedStudentsConfig, patch: int, students: Any, x: Array, ta
         return Votes(mean, jnp.sum((each - mean) ** 2, axis=(0, -1)), cfg.students)
 
     def in_turn(students, x, target):
-        return votes_in_turn(lambda params: describe(cfg, patch, params, x), students, target)
+        return votes_in_turn(lambda params: describe(cfg, patch, params, x), students, target, unroll=how != "loop")
 
-    if how == "unrolled":
+    if how != "shard":
         return in_turn(students, x, target)
 
     def joined(students, x, target):

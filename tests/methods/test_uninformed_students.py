@@ -179,9 +179,9 @@ def test_targets_are_standardised():
 
 
 def test_ensembles_are_equal():
-    """One after the other, vmapped, and spread over devices: steps, error and variance."""
+    """One after the other, in a loop, vmapped, and spread over devices: steps, error and variance."""
     found = {}
-    for ensemble in ("unrolled", "vmap", "shard"):
+    for ensemble in ("unrolled", "loop", "vmap", "shard"):
         cfg, state, images = start(size=8, students=2, ensemble=ensemble)
 
         @jax.jit
@@ -193,7 +193,9 @@ def test_ensembles_are_equal():
         found[ensemble] = jax.device_get(program(state, images))
         if ensemble == "shard":
             assert "all-reduce" in program.as_text() and "num_partitions=2" in program.as_text()
-    for ensemble in ("vmap", "shard"):
+        if ensemble in ("unrolled", "loop"):
+            assert (" while(" in program.as_text()) == (ensemble == "loop")
+    for ensemble in ("loop", "vmap", "shard"):
         for a, b in zip(jax.tree.leaves(found[ensemble]), jax.tree.leaves(found["unrolled"]), strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-5)
 
@@ -203,10 +205,13 @@ def test_students_train_alone_and_the_teacher_not_at_all():
     cfg, state, images = start(students=3)
     scale = state.scales["p17"]
 
+    def student(m):
+        return jax.tree.map(lambda leaf: leaf[m], scale.students)
+
     @jax.jit
     def look(scale, images):
         x = us.padded(cfg, 17, images)
-        alone = [us.describe(cfg, 17, us._one(scale.students, m), x) for m in range(3)]
+        alone = [us.describe(cfg, 17, student(m), x) for m in range(3)]
         return us.targets(cfg, 17, scale, x), alone
 
     after, metrics = jax.jit(us.train_step)(None, state, batch_of(images))
