@@ -6,10 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from batches import batch_of, torch_batch
 
 from benchmarks import peers
 from jaxad import methods, train
-from jaxad.core import Batch, Spec
+from jaxad.core import Spec
 from jaxad.methods import memae
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason="torch is not installed: no peers")
@@ -43,17 +44,6 @@ def start(shape, fields):
         params["memory"] = params["memory"] * 3
     images = numbers.integers(0, 256, (4, *shape), np.uint8)
     return spec, state._replace(batch_stats=stats, params=params), images
-
-
-def batch_of(images):
-    size = len(images)
-    floats = jnp.asarray(images, jnp.float32) / 255
-    mask = jnp.zeros((size, *images.shape[-3:-1]))
-    return Batch(floats, jnp.zeros(size, jnp.int32), mask, jnp.arange(size), jnp.ones(size, bool))
-
-
-def torch_batch(images):
-    return peers.place_batch(images, np.zeros(len(images)), np.zeros((len(images), *images.shape[-3:-1])))
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -3,13 +3,13 @@
 import importlib.util
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
+from batches import batch_of, torch_batch
 
 from benchmarks import peers
 from jaxad import train
-from jaxad.core import Batch, Spec
+from jaxad.core import Spec
 from jaxad.methods import smai
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason="torch is not installed: no peers")
@@ -27,17 +27,6 @@ def start(**fields):
     images = np.random.default_rng(0).integers(0, 256, (4, *SHAPE), np.uint8)
     state = state._replace(batch_stats=stats)
     return spec, jax.jit(smai.calibrate_step)(jax.random.key(0), state, batch_of(images[:3]))[0], images
-
-
-def batch_of(images):
-    size = len(images)
-    floats = jnp.asarray(images, jnp.float32) / 255
-    mask = jnp.zeros(images.shape[:3])
-    return Batch(floats, jnp.zeros(size, jnp.int32), mask, jnp.arange(size), jnp.ones(size, bool))
-
-
-def torch_batch(images):
-    return peers.place_batch(images, np.zeros(len(images)), np.zeros(images.shape[:3]))
 
 
 @pytest.mark.parametrize(

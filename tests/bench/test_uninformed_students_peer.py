@@ -3,13 +3,13 @@
 import importlib.util
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
+from batches import batch_of
 
 from benchmarks import peers
 from jaxad import train
-from jaxad.core import Batch, Spec
+from jaxad.core import Spec
 from jaxad.methods import uninformed_students as us
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason="torch is not installed: no peers")
@@ -35,12 +35,6 @@ def start(name):
         return us.calibration_step(key, state, batch)[0]
 
     return spec, made(jax.random.key(3), batch_of(images)), images
-
-
-def batch_of(images):
-    size = len(images)
-    mask, rows = jnp.zeros(images.shape[:3]), jnp.arange(size, dtype=jnp.int32)
-    return Batch(jnp.asarray(images, jnp.float32) / 255, jnp.zeros(size, jnp.int32), mask, rows, jnp.ones(size, bool))
 
 
 @pytest.mark.parametrize("name", CASES)

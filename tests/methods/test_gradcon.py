@@ -12,10 +12,11 @@ import pytest
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
+from batches import batch_of
 from conformance import Case, check_cuts, check_passes, check_structure, make_data
 
 from jaxad import train
-from jaxad.core import Batch, Spec
+from jaxad.core import Spec
 from jaxad.methods import gradcon
 
 SMALL = {"geometry": "halving", "encoder": (8, 12), "decoder": (8,), "steps": 4, "batch_size": 8}
@@ -125,12 +126,6 @@ def test_golden_forward(close):
 
 def images_of(count=6, *, side=8, seed=0):
     return jnp.asarray(np.random.default_rng(seed).uniform(size=(count, side, side, 3)), jnp.float32)
-
-
-def batch_of(images):
-    count = len(images)
-    zeros = jnp.zeros(count, jnp.int32)
-    return Batch(images, zeros, jnp.zeros(images.shape[:3]), jnp.arange(count), jnp.ones(count, bool))
 
 
 def config(**fields):

@@ -8,9 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from batches import batch_of
 
 from jaxad import adaptation, methods, metrics, runs, score, shard, train
-from jaxad.core import Batch, Scores, Source, Spec, as_arrays, take
+from jaxad.core import Scores, Source, Spec, as_arrays, take
 from jaxad.data import load, video
 from jaxad.methods import mnad
 from jaxad.ops import prototypes
@@ -38,13 +39,6 @@ def initial(cfg, image=CLIP, seed=0):
 
 def images_of(count, image=CLIP, seed=0):
     return jnp.asarray(np.random.default_rng(seed).uniform(0, 1, (count, *image)), jnp.float32)
-
-
-def batch_of(images, valid=None):
-    size = images.shape[0]
-    mask = jnp.zeros((size, *images.shape[-3:-1]))
-    valid = jnp.ones(size, bool) if valid is None else jnp.asarray(valid)
-    return Batch(images, jnp.zeros(size, jnp.int32), mask, jnp.arange(size), valid)
 
 
 step = jax.jit(mnad.train_step)
@@ -231,8 +225,8 @@ def test_statistics_count_every_normal_picture_once():
     state, images = initial(config()), images_of(5)
     fold = jax.jit(mnad.statistics_step)
     padded = jnp.concatenate([images[3:], images[:2]])
-    state, _ = fold(jax.random.key(0), state, batch_of(images[:4], [True, True, True, False]))
-    state, _ = fold(jax.random.key(0), state, batch_of(padded, [True, True, False, False]))
+    state, _ = fold(jax.random.key(0), state, batch_of(images[:4], valid=[True, True, True, False]))
+    state, _ = fold(jax.random.key(0), state, batch_of(padded, valid=[True, True, False, False]))
     _, parts = looked(state, images)
     np.testing.assert_allclose(state.statistics.psnr.mean, parts.psnr.mean(), rtol=1e-5)
     np.testing.assert_allclose(

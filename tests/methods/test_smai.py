@@ -7,9 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from batches import batch_of
 
 from jaxad import metrics, score, train
-from jaxad.core import Batch, Source, Spec, as_arrays, spec_of
+from jaxad.core import Source, Spec, as_arrays, spec_of
 from jaxad.methods import smai
 from jaxad.nn.init import init_flat
 from jaxad.nn.inpainting import InpaintingUNet, PartialConv
@@ -32,12 +33,6 @@ def images_of(count, shape=SHAPE, seed=0):
     blocks = np.kron(numbers.uniform(size=(count, shape[0] // 4, shape[1] // 4, shape[2])), np.ones((1, 4, 4, 1)))
     rolled = np.roll(blocks, 2, axis=(1, 2))
     return jnp.asarray(np.clip(rolled + numbers.normal(0, 0.05, rolled.shape), 0, 1), jnp.float32)
-
-
-def batch_of(images, valid=None):
-    size = images.shape[0]
-    valid = jnp.ones(size, bool) if valid is None else jnp.asarray(valid)
-    return Batch(images, jnp.zeros(size, jnp.int32), jnp.zeros(images.shape[:3]), jnp.arange(size), valid)
 
 
 def fix_superpixels(monkeypatch, images):
@@ -190,7 +185,7 @@ def test_calibration_is_by_position_and_leaves_empty_superpixels_out():
     state = initial(cfg)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(smai, "look", lambda state, images: (found,))
-        state, _ = smai.calibrate_step(None, state, batch_of(images_of(3), [True, True, False]))
+        state, _ = smai.calibrate_step(None, state, batch_of(images_of(3), valid=[True, True, False]))
     np.testing.assert_allclose(state.positions[0].count, [2, 1, 2, 2])
     np.testing.assert_allclose(state.positions[0].mean, [2, 4, 5, 2])
     # Deviations 1, 0, 0, 0: a floor of 0.5 * 0.25.

@@ -8,10 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from batches import batch_of
 from sklearn.metrics import roc_auc_score
 
 from jaxad import score, train
-from jaxad.core import Batch, Source, Spec
+from jaxad.core import Source, Spec
 from jaxad.importers import WeightsError
 from jaxad.methods import patch_teacher
 from jaxad.methods import uninformed_students as us
@@ -30,13 +31,6 @@ def start(size=12, **fields):
     spec = Spec(images.shape[1:], {"train": 3})
     state = jax.jit(lambda key, cfg: train.init(us.METHOD, key, cfg, spec))(jax.random.key(0), cfg)
     return cfg, state, images
-
-
-def batch_of(images, valid=None):
-    rows = len(images)
-    mask = jnp.zeros(images.shape[:3])
-    valid = jnp.ones(rows, bool) if valid is None else jnp.asarray(valid)
-    return Batch(images, jnp.zeros(rows, jnp.int32), mask, jnp.arange(rows), valid)
 
 
 # --- networks -----------------------------------------------------------------------------------------------------
@@ -171,7 +165,7 @@ def test_targets_are_standardised():
     step = jax.jit(us.target_step)
     state, _ = step(None, state, batch_of(images[:2]))
     spoilt = jnp.concatenate([images[2:], 1 - images[:1]])
-    state, _ = step(None, state, batch_of(spoilt, [True, False]))
+    state, _ = step(None, state, batch_of(spoilt, valid=[True, False]))
     found = jax.jit(lambda s, x: us.targets(cfg, 17, s, us.padded(cfg, 17, x)))(state.scales["p17"], images)
     found = found.reshape(-1, cfg.descriptor)
     np.testing.assert_allclose(found.mean(axis=0), 0, atol=1e-4)
