@@ -5,7 +5,7 @@ Decisions that favour the peer: pictures wait as tensors on its device; no gradi
 into the autoencoder, where the code computes and clears one; phase two and tests run the autoencoders without
 gradients; blends of one batch (`pseudo_pairs="roll"`) are made of reconstructions that are there already. Noise and
 places of patches must be the same on both sides, so the peer asks jaxad for the numbers they are made from and is
-timed with that. Moved blends and dense evaluation are jaxad's own and refused.
+timed with that. Dense evaluation is jaxad's own and refused.
 """
 
 from __future__ import annotations
@@ -115,9 +115,24 @@ def normal(logits):
     return functional.binary_cross_entropy_with_logits(logits, torch.zeros_like(logits))
 
 
+def move(pictures, uniform):
+    """Shifts, mirrors and turns pictures (B, C, H, W) by numbers (B, 5) in [0, 1)."""
+    moved = []
+    for picture, (down, right, *chances) in zip(pictures, uniform.tolist(), strict=True):
+        for axis, by in ((1, down), (2, right)):
+            size = picture.shape[axis]
+            shift = int(by * (2 * (size // 8) + 1)) - size // 8
+            places = torch.arange(shift, shift + size, device=picture.device).clamp(0, size - 1)
+            picture = picture.index_select(axis, places)
+        picture = picture.flip([axis for axis, chance in ((1, chances[0]), (2, chances[1])) if chance < 0.5])
+        is_turned = picture.shape[1] == picture.shape[2] and chances[2] < 0.5
+        moved.append(picture.transpose(1, 2) if is_turned else picture)
+    return torch.stack(moved)
+
+
 def make(state, spec, *, device: str, wrap) -> Peer:
     """The peer; see `benchmarks.peers.make`. Raises ValueError for settings that it does not have."""
-    refuse_other("ognet", state.cfg, {"pseudo_blend": "plain", "dense": False, "map": "patch", "image_score": "max"})
+    refuse_other("ognet", state.cfg, {"dense": False, "map": "patch", "image_score": "max"})
     cfg = jax.tree.map(float, state.cfg)
     height, width, channels = spec.image
     seen = ognet.input_size(cfg, spec.image)
@@ -184,7 +199,7 @@ def make(state, spec, *, device: str, wrap) -> Peer:
         return {"loss": loss.detach(), "discriminator": told.detach()}
 
     @torch.no_grad()
-    def shown(batches, t):
+    def shown(batches, moves, t):
         """What update t shows the discriminator."""
         x, updates = batches[t], len(batches)
         low = rebuild_old(x)
@@ -192,17 +207,20 @@ def make(state, spec, *, device: str, wrap) -> Peer:
             others = [rebuild_old(batches[(t + more) % updates]) for more in (1, 2)]
         else:
             others = [low, low.roll(-1, dims=0)]
+        if cfg.pseudo_blend == "moved":
+            others[1] = move(others[1], moves[t])
         return rebuild(x), x, low, rebuild((others[0] + others[1]) / 2)
 
     def refine_step(batch):
         model.eval()
         model.discriminator.train()
         updates, losses = math.gcd(len(batch.image), cfg.refine_block), []
-        x = views(batch.image, numbers("refine", len(batch.image), 6)[:, :2])
-        batches = [x[t::updates] for t in range(updates)]
+        uniform = numbers("refine", len(batch.image), 7)
+        x = views(batch.image, uniform[:, :2])
+        batches, moves = ([rows[t::updates] for t in range(updates)] for rows in (x, uniform[:, 2:]))
         for t in range(updates):
             with precision():
-                high, real, low, pseudo = (judge(pictures) for pictures in shown(batches, t))
+                high, real, low, pseudo = (judge(pictures) for pictures in shown(batches, moves, t))
             good = (1 - cfg.real_weight) * normal(high) + cfg.real_weight * normal(real)
             bad = cfg.low_weight * anomalous(low) + (1 - cfg.low_weight) * anomalous(pseudo)
             _descend(good + bad, model.discriminator, adams["refine"])

@@ -22,7 +22,8 @@ What is whose:
   * Ours: phase two's reconstructions, which do not depend on the discriminator, are made for `refine_block` updates at
     once, and each is used three times: in its own update, and in the pseudo anomalies of two others
     (`pseudo_pairs="batches"`), where the code draws two further batches; "roll" blends pictures of one batch.
-    `pseudo_blend="moved"` shifts and mirrors one of the two, since blends of aligned objects are nearly normal.
+    `pseudo_blend="moved"` shifts, mirrors and turns one of the two by chance, since blends of aligned objects, or
+    of patches of one texture, are nearly normal.
   * The paper's large pictures are frames cut to patches of 45 pixels by motion. Random patches in training, a grid of
     them in testing, the map as the mean over patches, `map="recon"` (the absolute error of the reconstruction),
     `image_score="top"` (the mean of the highest hundredth of patches) and `dense` are ours, as is every preset but
@@ -66,7 +67,7 @@ class OGNetConfig:
     image_score: str = static("max")  # of the patches' scores: "max" | "top", the mean of the highest hundredth
     generator_gradient: str = static("pre")  # through the discriminator before its step, or after it: "pre" | "post"
     pseudo_pairs: str = static("batches")  # blends of pictures of two further batches, or of one: "batches" | "roll"
-    pseudo_blend: str = static("plain")  # "plain" | "moved": one of the two is shifted and mirrored by chance
+    pseudo_blend: str = static("plain")  # "plain" | "moved": one of the two is shifted, mirrored, turned by chance
     old_share: float = static(1 / 3)  # of `steps`, after which the old autoencoder is kept: the first of three epochs
     steps: int = static(276)  # of phase one: three epochs of a digit of MNIST
     refine_steps: int = static(75)  # updates of phase two
@@ -347,11 +348,11 @@ class Judged(NamedTuple):
 
 
 def move(pictures: Array, uniform: Array) -> Array:
-    """Shifts pictures by up to an eighth of their size and mirrors them, by chance.
+    """Shifts pictures by up to an eighth of their size, mirrors them, and turns square ones on their side, by chance.
 
     Args:
       pictures: (N, h, w, C); what comes in at a border repeats it.
-      uniform: (N, 4) in [0, 1): shift by rows and columns, mirror rows, mirror columns.
+      uniform: (N, 5) in [0, 1): shift by rows and columns, mirror rows, mirror columns, swap rows with columns.
     """
     height, width = pictures.shape[1:3]
     reach = np.array([height // 8, width // 8])
@@ -361,7 +362,11 @@ def move(pictures: Array, uniform: Array) -> Array:
         jnp.where(uniform[:, 2 + i, None] < 0.5, at[:, ::-1], at) for i, at in enumerate(places)
     )  # (N, h) and (N, w)
     pictures = jnp.take_along_axis(pictures, rows[:, :, None, None], axis=1)
-    return jnp.take_along_axis(pictures, columns[:, None, :, None], axis=2)
+    pictures = jnp.take_along_axis(pictures, columns[:, None, :, None], axis=2)
+    if height != width:
+        return pictures
+    # Of a brushed or woven surface a mirrored part looks like any other; turned, it runs across the grain.
+    return jnp.where(uniform[:, 4, None, None, None] < 0.5, pictures.swapaxes(1, 2), pictures)
 
 
 def blend(cfg: OGNetConfig, low: Array, uniform: Array) -> Array:
@@ -370,7 +375,7 @@ def blend(cfg: OGNetConfig, low: Array, uniform: Array) -> Array:
     Args:
       cfg: the config; `pseudo_pairs` and `pseudo_blend` are read.
       low: (rows, updates, h, w, C), the rows of each update's batch.
-      uniform: (rows, updates, 4) in [0, 1), see `move`.
+      uniform: (rows, updates, 5) in [0, 1), see `move`.
 
     Returns:
       (rows, updates, h, w, C): of the next two batches, or of the batch itself and its rows moved by one.
@@ -380,7 +385,7 @@ def blend(cfg: OGNetConfig, low: Array, uniform: Array) -> Array:
     else:
         first, second = low, jnp.roll(low, -1, axis=0)
     if cfg.pseudo_blend == "moved":
-        second = move(second.reshape(-1, *low.shape[2:]), uniform.reshape(-1, 4)).reshape(low.shape)
+        second = move(second.reshape(-1, *low.shape[2:]), uniform.reshape(-1, 5)).reshape(low.shape)
     return (first + second) / 2
 
 
@@ -397,7 +402,7 @@ def examples(key: Array, state: OGNetState, images: Array) -> Judged:
     """
     cfg, count = state.cfg, images.shape[0]
     updates = math.gcd(count, cfg.refine_block)  # fewer where a batch of another size is given
-    uniform = uniform_rows(key, count, 6)
+    uniform = uniform_rows(key, count, 7)
     x = views(cfg, images, uniform[:, :2])
 
     def by_update(rows):

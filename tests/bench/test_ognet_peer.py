@@ -17,7 +17,10 @@ pytestmark = pytest.mark.skipif(importlib.util.find_spec("torch") is None, reaso
 SMALL = {"widths": (4, 6), "refine_block": 3, "conv_impl": "conv", "discriminator_rate": 1e-3, "refine_rate": 1e-3}
 CASES = {
     "pictures": ((13, 15, 2), {"low_weight": 0.3}),
-    "patches": ((17, 20, 1), {"patch": 13, "stride": 3, "pseudo_pairs": "roll", "generator_gradient": "post"}),
+    "patches": (
+        (17, 20, 1),
+        {"patch": 13, "stride": 3, "pseudo_pairs": "roll", "generator_gradient": "post", "pseudo_blend": "moved"},
+    ),
 }
 
 
@@ -86,7 +89,7 @@ def test_steps_of_both_phases_are_equal(name):
 
 
 def test_settings_that_the_peer_lacks_are_refused():
-    cfg = ognet.OGNetConfig(**SMALL, pseudo_blend="moved")
+    cfg = ognet.OGNetConfig(**SMALL, patch=13, stride=1, dense=True)
     state = jax.eval_shape(lambda: ognet.init(jax.random.key(0), cfg, Spec((13, 15, 2), {})))
-    with pytest.raises(ValueError, match="got pseudo_blend='moved'; expected 'plain'"):
+    with pytest.raises(ValueError, match="got dense=True; expected False"):
         peers.make("ognet", state, Spec((13, 15, 2), {}))

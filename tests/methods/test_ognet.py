@@ -377,7 +377,7 @@ def test_a_block_is_updates_one_after_the_other():
 
 def test_blends():
     low = jnp.asarray(np.random.default_rng(0).normal(size=(2, 3, 4, 4, 1)), jnp.float32)
-    still = jnp.zeros((2, 3, 4))
+    still = jnp.zeros((2, 3, 5))
     batches = ognet.blend(config(), low, still)
     np.testing.assert_allclose(batches[:, 0], (low[:, 1] + low[:, 2]) / 2)
     np.testing.assert_allclose(batches[:, 2], (low[:, 0] + low[:, 1]) / 2)
@@ -386,13 +386,14 @@ def test_blends():
     np.testing.assert_allclose(rolled[0], rolled[1])  # of a pair, in either order
     same = jnp.broadcast_to(low[:1, :1], low.shape)
     np.testing.assert_allclose(ognet.blend(config(), same, still), same, rtol=1e-6)
-    moved = ognet.blend(config(pseudo_blend="moved"), jnp.zeros((2, 3, 8, 8, 1)).at[:, 2, 3, 3].set(2.0), still + 0.4)
-    assert float(moved[0, 0, 4, 4, 0]) == 1.0  # mirrored both ways; the middle third of numbers shifts by nothing
+    moved = ognet.blend(config(pseudo_blend="moved"), jnp.zeros((2, 3, 8, 8, 1)).at[:, 2, 3, 2].set(2.0), still + 0.4)
+    # Mirrored both ways, then turned; the middle third of numbers shifts by nothing.
+    assert float(moved[0, 0, 5, 4, 0]) == 1.0
 
 
 def test_pictures_are_moved():
     picture = jnp.arange(16 * 8, dtype=jnp.float32).reshape(1, 16, 8, 1)
-    stay = jnp.asarray([[0.5, 0.5, 0.9, 0.9]])
+    stay = jnp.asarray([[0.5, 0.5, 0.9, 0.9, 0.1]])  # no square: it cannot be turned
     np.testing.assert_array_equal(ognet.move(picture, stay), picture)
     down = ognet.move(picture, stay.at[0, 0].set(0.99))[0, ..., 0]  # 16 rows move by up to 2
     np.testing.assert_array_equal(down[:14], picture[0, 2:, :, 0])
@@ -401,6 +402,10 @@ def test_pictures_are_moved():
     np.testing.assert_array_equal(left[:, 1:], picture[0, :, :-1, 0])
     mirrored = ognet.move(picture, stay.at[0, 3].set(0.1))[0, ..., 0]
     np.testing.assert_array_equal(mirrored, picture[0, :, ::-1, 0])
+    square = jnp.concatenate([picture[:, :8]] * 2)
+    turned = ognet.move(square, jnp.concatenate([stay, stay.at[0, 4].set(0.9)]))[..., 0]
+    np.testing.assert_array_equal(turned[0], picture[0, :8, :, 0].T)
+    np.testing.assert_array_equal(turned[1], picture[0, :8, :, 0])
 
 
 # --- scores ---------------------------------------------------------------------------------------------------------
