@@ -54,7 +54,7 @@ def fold_blocks(step: Callable, carry: Any, xs: Any, *, rows: int) -> tuple[Any,
     Args:
       step: maps a block of xs to outputs with the same rows.
       carry: any pytree.
-      xs: pytree of (T, ...) arrays; the last block is padded with zeros.
+      xs: pytree of (T, ...) arrays; filled up with zeros to equal blocks.
       rows: largest block, over all devices; static.
 
     Returns:
@@ -63,17 +63,22 @@ def fold_blocks(step: Callable, carry: Any, xs: Any, *, rows: int) -> tuple[Any,
     num_rows = jax.tree.leaves(xs)[0].shape[0]
     if not isinstance(num_rows, int) or num_rows <= rows:  # jax.export with any batch: no blocks to count
         return step(carry, xs)
+    devices = devices_of_rows() if num_rows % devices_of_rows() == 0 else 1
+    own = num_rows // devices  # rows of a device
     least = -(-num_rows // rows)
-    # Somewhat smaller blocks without padding save copies of all rows, before and after; each device has its share.
-    fitting = (n for n in range(least, 2 * least) if num_rows % (n * devices_of_rows()) == 0)
-    num_blocks = next(fitting, least)
-    size = -(-num_rows // num_blocks)
+    # Somewhat smaller blocks without padding save copies of all rows, before and after.
+    num_blocks = next((n for n in range(least, 2 * least) if own % n == 0), least)
+    size = -(-own // num_blocks)
 
-    # Block i holds rows i, i + num_blocks, ...: where the rows are sharded over devices, every device has its share of
-    # every block. Slicing inside the loop costs no copy of the whole; transposing first took up to half as long again.
+    # Block i holds rows i, i + num_blocks, ... of each device: where the rows are sharded, all have a share of a block.
+    # Slicing inside the loop costs no copy of the whole; transposing first took up to half as long again.
     def interleave(x):
-        x = jnp.pad(x, [(0, num_blocks * size - num_rows)] + [(0, 0)] * (x.ndim - 1))
-        return x.reshape(size, num_blocks, *x.shape[1:])
+        x = x.reshape(devices, own, *x.shape[1:])
+        x = jnp.pad(x, [(0, 0), (0, num_blocks * size - own)] + [(0, 0)] * (x.ndim - 2))
+        return x.reshape(devices * size, num_blocks, *x.shape[2:])
+
+    def restore(x):
+        return x.reshape(devices, num_blocks * size, *x.shape[2:])[:, :own].reshape(num_rows, *x.shape[2:])
 
     def body(carry_and_outputs, i):
         carry, outputs = carry_and_outputs
@@ -83,6 +88,6 @@ def fold_blocks(step: Callable, carry: Any, xs: Any, *, rows: int) -> tuple[Any,
     xs = jax.tree.map(interleave, xs)
     block_of = lambda i: jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, i, 1, keepdims=False), xs)  # noqa: E731
     _, shapes = jax.eval_shape(step, carry, block_of(0))
-    outputs = jax.tree.map(lambda s: jnp.zeros((size, num_blocks, *s.shape[1:]), s.dtype), shapes)
+    outputs = jax.tree.map(lambda s: jnp.zeros((devices * size, num_blocks, *s.shape[1:]), s.dtype), shapes)
     (carry, outputs), _ = lax.scan(body, (carry, outputs), jnp.arange(num_blocks))
-    return carry, jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:num_rows], outputs)
+    return carry, jax.tree.map(restore, outputs)
