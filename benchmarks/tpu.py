@@ -38,6 +38,7 @@ import os
 import pathlib
 import re
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
@@ -409,10 +410,37 @@ def attempt(program: Program, task: Task, known: Mapping[str, dict] | None = Non
         row["fingerprint"] = fingerprint(lowered.as_text(), task.topology)
         if known and row["fingerprint"] in known:
             return {**known[row["fingerprint"]], **row}
-        facts = examine(lowered.compile(), program, task.topology)
+        facts = examine(compile_readably(lowered), program, task.topology)
     except Exception as error:  # a compiler fails in many ways, and the others shall still be reported
         return row | {"error": _failed(task, error)["error"], "compile_seconds": time.perf_counter() - began}
     return row | facts | {"error": None, "compile_seconds": time.perf_counter() - began}
+
+
+class Readable(NamedTuple):
+    """A compiled program and its HLO text."""
+
+    compiled: Any
+    text: str
+
+    def as_text(self) -> str:
+        return self.text
+
+    def cost_analysis(self):
+        return self.compiled.cost_analysis()
+
+    def memory_analysis(self):
+        return self.compiled.memory_analysis()
+
+
+def compile_readably(lowered) -> Readable:
+    """Compiles. jax cannot read the HLO of gathers that v6e's SparseCores do; the compiler's own dump has them."""
+    with tempfile.TemporaryDirectory() as folder:
+        compiled = lowered.compile(compiler_options={"xla_dump_to": folder, "xla_dump_hlo_as_text": True})
+        try:
+            return Readable(compiled, compiled.as_text())
+        except jax.errors.JaxRuntimeError:
+            (dump,) = pathlib.Path(folder).glob("*.after_codegen.txt")
+            return Readable(compiled, dump.read_text())
 
 
 def fingerprint(text: str, topology: str) -> str:
