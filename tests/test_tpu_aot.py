@@ -3,6 +3,7 @@
 import functools
 import importlib.util
 import json
+import pathlib
 import types
 
 import jax
@@ -266,3 +267,18 @@ def test_the_command_fails_where_a_program_does(tmp_path, capsys, monkeypatch):
     command = ["--programs", "kernels", "--topologies", "v5e:2x2", "--jobs", "1", "--json", str(tmp_path / "t.json")]
     assert tpu.main(command) == 1
     assert "NOT FIT: kernels: broken, float32, v5e:2x2: does not compile: TypeError" in capsys.readouterr().out
+
+
+def test_a_program_whose_text_jax_cannot_read_is_read_from_the_dump():
+    class Compiled:
+        def as_text(self):
+            raise jax.errors.JaxRuntimeError("INTERNAL: async-update instruction should have 1 operands but sees 3")
+
+    class Lowered:
+        def compile(self, compiler_options):
+            folder = pathlib.Path(compiler_options["xla_dump_to"])
+            (folder / "module_0000.jit_f.after_optimizations.txt").write_text("earlier")
+            (folder / "module_0000.jit_f.after_codegen.txt").write_text("HloModule jit_f")
+            return Compiled()
+
+    assert tpu.compile_readably(Lowered()).as_text() == "HloModule jit_f"
