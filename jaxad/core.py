@@ -47,6 +47,7 @@ class Spec(NamedTuple):
 
     image: tuple[int, ...]  # (H, W, C) or (T, H, W, C)
     sizes: Mapping[str, int]  # rows of each source
+    masked: frozenset[str] | None = None  # the sources with masks; None: not known, as where no data is at hand
 
 
 class Preset(NamedTuple):
@@ -144,7 +145,7 @@ class Source:
 
     image: Array  # (F, H, W, C) uint8
     label: Array  # (F,) int32: 0 normal, 1 anomalous, -1 unknown
-    mask: Array | None = None  # (F, H, W) uint8 0/1; None: no masks, read as all zero
+    mask: Array | None = None  # (F, H, W) uint8 0/1, or classes of pixels; None: no masks, read as all zero
     start: Array | None = None  # (N,) int32 first frame of each clip; None: every picture is a sample
     clip: int = static(1)  # T, frames a clip; used only with `start`
     target: int = static(0)  # the frame of the clip whose label and mask are the sample's
@@ -190,7 +191,9 @@ def spec_of(data: Mapping[str, Any]) -> Spec:
         raise ValueError(
             f"data has no source named 'train'; got {sorted(data)}. Pass {{'train': Source(image=..., label=...)}}."
         )
-    return Spec(image=data["train"].sample_shape, sizes={name: len(source) for name, source in data.items()})
+    masked = frozenset(name for name, source in data.items() if getattr(source, "mask", None) is not None)
+    sizes = {name: len(source) for name, source in data.items()}
+    return Spec(image=data["train"].sample_shape, sizes=sizes, masked=masked)
 
 
 def select(source: Source, rows: Array) -> Source:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from collections.abc import Sequence
 from typing import Any
@@ -17,6 +18,7 @@ from jaxad.data.records import ROLES, Plan, Record
 def from_arrays(
     train: Any,
     *,
+    train_classes: Any = None,
     test: Any = None,
     test_label: Any = None,
     test_mask: Any = None,
@@ -36,6 +38,8 @@ def from_arrays(
 
     Args:
       train: pictures, normal ones only.
+      train_classes: (N, H, W) whole numbers in [0, 255], which class each of their pixels is, for methods that learn
+        from a segmentation of normal pictures; kept as the training source's masks.
       test: pictures to evaluate on.
       test_label: (N,) 0 normal, 1 anomalous, -1 unknown; by default 1 where the mask has a pixel, else unknown.
       test_mask: masks of the test pictures.
@@ -78,7 +82,37 @@ def from_arrays(
         digest.update(array.tobytes())
     plan.store = files.Arrays(stored, "arrays", digest.hexdigest())
     settings = Settings(tuple(size), channels or (shape[3] if len(shape) == 4 else 1), float(share), seed=seed)
-    return build(plan, settings, name="arrays", cached=False)
+    if train_classes is None:
+        return build(plan, settings, name="arrays", cached=False)
+    return _with_classes(build(plan, settings, name="arrays", cached=False), _classes(train_classes, shape[:3]))
+
+
+def _classes(value: Any, shape: tuple[int, ...]) -> np.ndarray:
+    array = np.asarray(value)
+    if array.shape != shape:
+        raise DataError(
+            f"train_classes has shape {array.shape}; expected {shape}, as the pictures. Pass one class map a picture."
+        )
+    if not np.issubdtype(array.dtype, np.integer) or array.min() < 0 or array.max() > 255:
+        raise DataError(
+            f"train_classes has {array.dtype} from {array.min()} to {array.max()}; expected whole numbers in [0, 255]. "
+            "Pass array.astype(np.uint8), 255 where a pixel has no class."
+        )
+    return array.astype(np.uint8)
+
+
+def _with_classes(data: Dataset, classes: np.ndarray) -> Dataset:
+    """The data set with classes (N, H, W), of all pictures in the order given, as masks of the training source."""
+    source = data.sources["train"]
+    chosen = [int(name.rpartition("/")[2]) for name in data.rows["train"].files]
+    rows, columns = (
+        ((np.arange(new) + 0.5) * old / new).astype(int)  # the nearest pixel
+        for old, new in zip(classes.shape[1:], source.image.shape[1:3], strict=True)
+    )
+    mask = classes[chosen][:, rows[:, None], columns]
+    fingerprint = hashlib.sha256(data.fingerprint.encode() + classes.tobytes()).hexdigest()
+    sources = {**data.sources, "train": dataclasses.replace(source, mask=mask)}
+    return dataclasses.replace(data, sources=sources, fingerprint=fingerprint)
 
 
 def _pictures(role: str, value: Any) -> np.ndarray:

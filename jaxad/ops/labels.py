@@ -85,6 +85,17 @@ def resize_labels(labels: Array, size: tuple[int, int]) -> Array:
     return labels
 
 
+def nearest_labels(labels: Array, size: tuple[int, int]) -> Array:
+    """Labels (B, H, W) at the centres of the cells of another size, floor((i + 1/2) H / h) along each axis: (B, h, w).
+
+    As linear resizing without aligned corners has it: what is learnt at the smaller size is not shifted by half a cell
+    where it is resized back.
+    """
+    for axis, (old, new) in enumerate(zip(labels.shape[1:], size, strict=True), 1):
+        labels = jnp.take(labels, (2 * np.arange(new) + 1) * old // (2 * new), axis=axis)
+    return labels
+
+
 def one_hot_pooled(labels: Array, count: int) -> Array:
     """One-hot maps averaged over 3x3 windows of stride 2, the picture's pixels counted alone.
 

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxad import metrics
-from jaxad.core import Source, Spec
+from jaxad.core import Source, Spec, spec_of
 from jaxad.data import Dataset, load
 from jaxad.measure import sample_labels, sample_masks
 from jaxad.settings import Settings
@@ -112,7 +112,7 @@ class Library:
     def _keep(self, data: Dataset) -> Loaded:
         parts = {name: self._part(name, source, data) for name, source in data.sources.items()}
         training = {name: source for name, source in data.sources.items() if name != "test"}
-        spec = Spec(training["train"].sample_shape, {name: len(source) for name, source in training.items()})
+        spec = spec_of(training)
         test = data.sources.get("test")
         labels = np.zeros(0, np.int32) if test is None else sample_labels(test)
         groups = data.rows["test"].groups if test is not None else ()

@@ -30,6 +30,25 @@ def test_floats_and_grey():
     np.testing.assert_array_equal(found.sources["test"].image, found.sources["train"].image)
 
 
+def test_classes_of_pixels_follow_their_pictures():
+    classes = RNG.integers(0, 256, (10, 6, 8))
+    found = data.from_arrays(PICTURES, train_classes=classes, holdout=0.2)
+    trained = [int(name[-5:]) for name in found.rows["train"].files]
+    np.testing.assert_array_equal(found.sources["train"].mask, classes[trained])
+    assert found.sources["train"].mask.dtype == np.uint8 and found.sources["holdout"].mask is None
+    half = data.from_arrays(PICTURES, train_classes=classes, holdout=PICTURES[:2], image_size=(3, 4))
+    np.testing.assert_array_equal(half.sources["train"].mask, classes[:, 1::2, 1::2])  # never a mean of two classes
+    other = data.from_arrays(PICTURES, train_classes=classes[::-1], holdout=0.2)
+    assert len({found.fingerprint, other.fingerprint, data.from_arrays(PICTURES, holdout=0.2).fingerprint}) == 3
+    for wrong, message in (
+        (classes[:9], r"train_classes has shape \(9, 6, 8\); expected \(10, 6, 8\)"),
+        (classes / 255, "train_classes has float64 .* expected whole numbers"),
+        (classes - 300, "expected whole numbers in .0, 255."),
+    ):
+        with pytest.raises(data.DataError, match=message):
+            data.from_arrays(PICTURES, train_classes=wrong)
+
+
 def test_load_takes_arrays_and_resizes_them():
     found = data.load(
         {"train": PICTURES, "labelled": PICTURES[:2], "labelled_mask": np.ones((2, 6, 8))}, image_size=(3, 4)

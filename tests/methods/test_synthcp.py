@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxad.core import Batch, Spec, as_arrays
-from jaxad.methods import synthcp
+from jaxad.core import Batch, Spec, as_arrays, spec_of
+from jaxad.data.arrays import from_arrays
+from jaxad.methods import synthcp, synthcp_clusters, synthcp_given, synthcp_state
 from jaxad.nn import spade
 from jaxad.ops import compare as compare_ops
 from jaxad.ops import superpixels, texture
@@ -155,7 +156,7 @@ def test_tiles_change_nothing(rows):
 def test_scales_are_averaged():
     one, two = (initial(given(scales=s)) for s in ((1.0,), (1.0, 1.5)))
     images = images_of(2)
-    parts = [synthcp._segment_given(with_fields(one, scales=(s,)), images).probabilities for s in (1.0, 1.5)]
+    parts = [synthcp_given.segment_given(with_fields(one, scales=(s,)), images).probabilities for s in (1.0, 1.5)]
     both = synthcp.segment(two, images)
     np.testing.assert_allclose(both.probabilities, (parts[0] + parts[1]) / 2, atol=1e-5)
     np.testing.assert_allclose(both.confidence, both.probabilities.max(axis=-1), atol=1e-6)
@@ -174,24 +175,24 @@ def test_syntheses_are_rounded_to_bytes_if_told():
 
 def test_masks_are_classes_and_other_values_are_none():
     mask = jnp.asarray([[[0, 1, 2], [3, 255, 2]]])
-    found = synthcp.given_labels(given(), batch_of(jnp.zeros((1, 2, 3, 3)), mask))
+    found = synthcp_given.given_labels(given(), batch_of(jnp.zeros((1, 2, 3, 3)), mask))
     np.testing.assert_array_equal(found, [[[0, 1, 2], [-1, -1, 2]]])
 
 
 def test_pictures_and_masks_are_flipped_together():
     images, mask = images_of(16), jnp.arange(16 * 256).reshape(16, 16, 16) % 3
     batch = batch_of(images, mask)
-    made = synthcp.flipped(jax.random.key(0), given(augment="flip"), batch)
+    made = synthcp_state.flipped(jax.random.key(0), given(augment="flip"), batch)
     turned = [bool((own == picture[:, ::-1]).all()) for own, picture in zip(made.image, images, strict=True)]
     assert 2 < sum(turned) < 14
     for i, is_turned in enumerate(turned):
         np.testing.assert_array_equal(made.mask[i], mask[i][:, ::-1] if is_turned else mask[i])
-    np.testing.assert_array_equal(synthcp.flipped(jax.random.key(0), given(), batch).image, images)
+    np.testing.assert_array_equal(synthcp_state.flipped(jax.random.key(0), given(), batch).image, images)
 
 
 def test_the_segmentation_loss_by_hand():
     logits = jnp.log(jnp.asarray([[[[0.5, 0.25, 0.25], [0.1, 0.8, 0.1], [0.2, 0.2, 0.6]]]]))
-    loss, right = synthcp.segment_loss(logits, jnp.asarray([[[0, 2, -1]]]))
+    loss, right = synthcp_given.segment_loss(logits, jnp.asarray([[[0, 2, -1]]]))
     np.testing.assert_allclose(loss, -(np.log(0.5) + np.log(0.1)) / 2, rtol=1e-5)
     np.testing.assert_allclose(right, 0.5)
 
@@ -205,7 +206,7 @@ def test_one_forward_pass_gives_both_gradients(reconstruction):
     labels = jnp.asarray(np.random.default_rng(0).integers(0, 3, (4, 16, 16)), jnp.int32)
     batch = batch_of(images, labels)
     after, found = jax.jit(synthcp.generator_step)(jax.random.key(0), state, batch)
-    nets, real = synthcp.networks(cfg, SHAPE), images * 2 - 1
+    nets, real = synthcp_state.networks(cfg, SHAPE), images * 2 - 1
 
     def play(params, fake=None):
         own = {name: {"params": params[name], **state.others[name]} for name in ("generator", "discriminator")}
@@ -263,24 +264,24 @@ def test_the_first_steps_move_by_the_learning_rates_and_the_last_hardly():
 def test_features_are_standardised_by_what_is_valid():
     cfg = clusters()
     images = images_of(8)
-    state, _ = synthcp.feature_step(None, initial(cfg), batch_of(images, valid=[True] * 6 + [False] * 2))
-    features = np.asarray(synthcp.standardised(state, images[:6])).reshape(-1, texture.FEATURES)
+    state, _ = synthcp_clusters.feature_step(None, initial(cfg), batch_of(images, valid=[True] * 6 + [False] * 2))
+    features = np.asarray(synthcp_clusters.standardised(state, images[:6])).reshape(-1, texture.FEATURES)
     np.testing.assert_allclose(features.mean(axis=0), 0, atol=1e-4)
     np.testing.assert_allclose(features.std(axis=0), 1, rtol=1e-3)
 
 
 def test_a_pixels_place_counts_as_its_weight_says():
     features = jnp.zeros((2, 6, 8, 18))
-    rows = np.asarray(synthcp.placed(clusters(position_weight=0.5), features))[..., -2:]
+    rows = np.asarray(synthcp_clusters.placed(clusters(position_weight=0.5), features))[..., -2:]
     np.testing.assert_allclose(rows.mean(axis=(0, 1, 2)), 0, atol=1e-5)
     np.testing.assert_allclose((rows**2).mean(axis=(0, 1, 2)), (0.5 * 3) ** 2 * np.array([35 / 36, 63 / 64]), rtol=1e-4)
-    assert (np.asarray(synthcp.placed(clusters(position_weight=0.0), features))[..., -2:] == 0).all()
+    assert (np.asarray(synthcp_clusters.placed(clusters(position_weight=0.0), features))[..., -2:] == 0).all()
 
 
 def test_pseudo_classes_are_the_nearest_centres():
     state, images = prepared(clusters()), images_of(3)
     found = synthcp.segment(state, images)
-    rows = np.asarray(synthcp.placed(state.cfg, synthcp.standardised(state, images)))
+    rows = np.asarray(synthcp_clusters.placed(state.cfg, synthcp_clusters.standardised(state, images)))
     apart = ((rows[..., None, :] - np.asarray(state.pseudo.centres)) ** 2).sum(axis=-1)
     np.testing.assert_array_equal(found.labels, apart.argmin(axis=-1))
     weights = np.exp(-(apart - apart.min(axis=-1, keepdims=True)) / float(state.pseudo.temperature))
@@ -306,7 +307,7 @@ def test_positions_are_standardised_by_normal_pictures():
     state = prepared(clusters())
     seen = jax.tree.map(lambda leaf: leaf[:4], state.pseudo.distances["image"])
     seen = seen._replace(count=jnp.full(4, 2.0), mean=jnp.full(4, 2.0), squares=jnp.asarray([2.0, 0, 0, 0]))
-    got = synthcp.calibrated(jnp.asarray([[[3.0, 2.0], [1.0, 4.0]]]), seen)
+    got = synthcp_clusters.calibrated(jnp.asarray([[[3.0, 2.0], [1.0, 4.0]]]), seen)
     np.testing.assert_allclose(got, [[[1 / 1.125, 0], [-8, 16]]], rtol=1e-5)
 
 
@@ -314,15 +315,17 @@ def test_the_training_pictures_themselves_are_standard():
     state, images = prepared(clusters()), images_of(8)
     found = synthcp.segment(state, images)
     made = synthcp.synthesise(state, found.labels, SHAPE)
-    for space, values in synthcp.distances_of(state, found, images, made).items():
+    for space, values in synthcp_clusters.distances_of(state, found, images, made).items():
         assert float(values.min()) > -1e-5
-        np.testing.assert_allclose(synthcp.calibrated(values, state.pseudo.distances[space]).mean(axis=0), 0, atol=1e-3)
+        np.testing.assert_allclose(
+            synthcp_clusters.calibrated(values, state.pseudo.distances[space]).mean(axis=0), 0, atol=1e-3
+        )
 
 
 def test_a_quantile_of_normal_confidence_closes_the_gate():
     state, images = with_fields(prepared(clusters()), gate="quantile", msp_threshold=0.7), images_of(8)
     found = synthcp.segment(state, images)
-    threshold = float(synthcp.sure_above(state.cfg, state.pseudo))
+    threshold = float(synthcp_clusters.sure_above(state.cfg, state.pseudo))
     share = float((found.confidence <= threshold).mean())
     np.testing.assert_allclose(share, 0.7, atol=0.05)
     sharp = with_fields(state, smooth_sigma=0.0)
@@ -336,10 +339,10 @@ def test_a_quantile_of_normal_confidence_closes_the_gate():
 
 
 def test_the_failure_loss_by_hand():
-    segmented = synthcp.Segmented(jnp.asarray([[[0, 1, 1]]]), jnp.asarray([[[1.0, 0.5, 0.8]]]), [], None)
+    segmented = synthcp_state.Segmented(jnp.asarray([[[0, 1, 1]]]), jnp.asarray([[[1.0, 0.5, 0.8]]]), [], None)
     labels = jnp.asarray([[[0, 0, -1]]])
     right, iou = jnp.asarray([[[2.0, -1.0, 5.0]]]), jnp.asarray([[0.9, 0.2, 0.3]])
-    total, found = synthcp.failure_loss(right, iou, segmented, labels)
+    total, found = synthcp_given.failure_loss(right, iou, segmented, labels)
     # Class 0 alone is there: IoU 1 / 2. The first pixel is right, the second wrong, the third has no class.
     np.testing.assert_allclose(found["iou_loss"], 0.5 * 0.4**2, rtol=1e-5)
     expected = (np.log1p(np.exp(-2.0)) * 1 + np.log1p(np.exp(-1.0)) * 0.25) / 3
@@ -397,6 +400,7 @@ def test_a_learned_comparator_alone_is_trained_and_scores(cfg):
         ({"labels": "clusters", "comparator": "failure"}, SHAPE, "expected labels='given'"),
         ({"gate": "quantile"}, SHAPE, "gate='quantile' is of normal pixels' confidence"),
         ({"num_labels": 1}, SHAPE, "num_labels=1"),
+        ({"labels": "clusters", "compare_features": "image"}, SHAPE, "nothing else reads it"),
         ({"reconstruction": "perceptual"}, SHAPE, "expected a backbone with its file of weights"),
         ({"backbone": "resnet18"}, SHAPE, "expected a backbone with its file of weights"),
     ],
@@ -404,3 +408,15 @@ def test_a_learned_comparator_alone_is_trained_and_scores(cfg):
 def test_settings_that_cannot_work_are_refused(fields, shape, message):
     with pytest.raises(ValueError, match=message):
         synthcp.check(given(**fields), Spec(shape, {"train": 4}))
+
+
+def test_given_labels_need_masks_in_training():
+    pictures = np.zeros((4, *SHAPE), np.uint8)
+    without, with_classes = (
+        spec_of(from_arrays(pictures, holdout=pictures, train_classes=classes).sources)
+        for classes in (None, np.zeros((4, 16, 16), int))
+    )
+    with pytest.raises(ValueError, match="labels='given' learns .* no masks; expected .*train_classes.*pass --preset"):
+        synthcp.check(given(), without)
+    synthcp.check(given(), with_classes)
+    synthcp.check(clusters(), without)

@@ -49,6 +49,15 @@ def test_labels_take_the_nearest_pixel(size):
         np.testing.assert_array_equal(got[:, i, j], labels[:, i * 6 // size[0], j * 8 // size[1]])
 
 
+@pytest.mark.parametrize("size", [(3, 2), (6, 8), (12, 16), (5, 3)])
+def test_labels_at_the_centres_of_cells(size):
+    labels = drawn((2, 6, 8), 5)
+    got = np.asarray(ops.nearest_labels(labels, size))
+    for i, j in itertools.product(*map(range, size)):
+        row, column = (int((k + 0.5) * old / new) for k, old, new in zip((i, j), (6, 8), size, strict=True))
+        np.testing.assert_array_equal(got[:, i, j], labels[:, row, column])
+
+
 def test_pooled_maps_count_the_pictures_pixels_alone():
     """By hand: the corner's window has four pixels, an edge's six, others nine."""
     labels = jnp.asarray([[[0, 1, 1], [1, 1, 2], [2, 2, 2]]])
