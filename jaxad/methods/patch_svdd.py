@@ -158,15 +158,15 @@ class Encoder(nn.Module):
         return jnp.tanh(second(leaky(first(quarters))))
 
     def crops(self, large: Array, small: Array) -> Sizes:
-        """Embeds patches cut out: large (m, 2p, 2p, C), small (n, p, p, C) -> (m, D), (n, D)."""
-        patch, channels = small.shape[1], small.shape[-1]
-        quarters = large.reshape(-1, 2, patch, 2, patch, channels).swapaxes(2, 3).reshape(-1, *small.shape[1:])
-        together = jnp.concatenate([quarters, small]).astype(self.cfg.dtype)
+        """Embeds patches cut out, as many of each size: large (m, 2p, 2p, C), small (m, p, p, C) -> (m, D) of each."""
+        count, patch, channels = small.shape[0], small.shape[1], small.shape[-1]
+        quarters = large.reshape(count, 2, patch, 2, patch, channels).swapaxes(2, 3).reshape(count, 4, *small.shape[1:])
+        # Side by side along an axis of their own, so that devices which share the patches keep theirs.
+        together = jnp.concatenate([quarters, small[:, None]], axis=1).reshape(-1, *small.shape[1:])
         # A stride of a whole patch: the network is applied as it is described, its own strides taken.
-        embedded = self.small(together, out_stride=patch).reshape(together.shape[0], -1)
-        split = quarters.shape[0]
-        whole = self.join(embedded[:split].reshape(large.shape[0], -1))
-        return Sizes(whole.astype(jnp.float32), embedded[split:].astype(jnp.float32))
+        embedded = self.small(together.astype(self.cfg.dtype), out_stride=patch).reshape(count, 5, -1)
+        whole = self.join(embedded[:, :4].reshape(count, -1))
+        return Sizes(whole.astype(jnp.float32), embedded[:, 4].astype(jnp.float32))
 
     def dense(self, images: Array) -> Sizes:
         """Embeds every patch that is scored: images (B, H, W, C) -> (B, h, w, D) of each size."""
@@ -309,8 +309,9 @@ def sample(key: Array, cfg: PatchSVDDConfig, images: Array) -> Sizes:
     patches = patch_sizes(cfg)
     places, colours = 8, 2 * channels
     counts = [places + colours + 2 * p * p * channels for p in patches]
-    bits = jax.random.bits(key, (batch * sum(counts),), jnp.uint32)  # all at once: every shape compiles by itself
-    uniform = (((bits >> 9).astype(jnp.float32) + 0.5) * 2.0**-23).reshape(batch, -1)
+    # All at once, for every shape compiles by itself; by rows, so that devices which share the batch draw their own.
+    bits = jax.random.bits(key, (batch, sum(counts)), jnp.uint32)
+    uniform = ((bits >> 9).astype(jnp.float32) + 0.5) * 2.0**-23
     found = []
     for patch, mine in zip(patches, jnp.split(uniform, [counts[0]], axis=1), strict=True):
         where = {"size": (height, width), "patch": patch}
