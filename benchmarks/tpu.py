@@ -6,8 +6,10 @@
 Every figure is an ESTIMATE of the compiler or, where it says so, ours. Nothing is run, nothing is measured.
 
 Programs of a method: each phase's training step and `score`, split over the axis "data" with the preset's batch on
-every chip (fixed work per chip); `sweep`, the training step of members spread over the axis "run"; and the Pallas
-kernels of `jaxad.ops.kernels`. Reported for each: whether it compiles, memory per chip, collectives, seconds.
+every chip (fixed work per chip; a phase that sees each picture once has no more of them at a time than there are, and
+where that is less it is left out of the comparison of slices); `sweep`, the training step of members spread over the
+axis "run"; and the Pallas kernels of `jaxad.ops.kernels`. Reported for each: whether it compiles, memory per chip,
+collectives, seconds.
 
 What the seconds are made of:
   * compiler: XLA's `optimal_seconds`. It counts the body of a loop once and takes 1 s off for every custom call that it
@@ -86,6 +88,7 @@ class Program(NamedTuple):
     donate: tuple[int, ...] = ()
     out: Any = None  # sharding of the results
     members: bool = False  # whether networks are vmapped
+    once: bool = False  # whether each picture of the source is seen once, to keep something of it
 
 
 class Task(NamedTuple):
@@ -187,13 +190,17 @@ def method_programs(name: str, kind: str, devices: list, *, preset: str | None, 
         return [Program("score", run_score, arguments, rows.shape[0], state_bytes, out=split)]
     programs = []
     for phase in method.phases(cfg):
-        wide = phase._replace(batch_size=phase.batch_size * count)
+        once = phase.steps is None
+        size = phase.batch_size * count
+        if once:  # a step has no more pictures than there are
+            size = min(size, max(1, PICTURES // count) * count)
+        wide = phase._replace(batch_size=size)
 
         def run(key, state, source, step, phase=wide):
             return train.one_step(phase, key, state, source, step, place=shard.over_data(mesh))
 
         arguments = tuple(placed(part, whole) for part in (key, state, data[phase.source], step))
-        programs.append(Program(f"train {phase.name}", run, arguments, wide.batch_size, state_bytes, (1,), whole))
+        programs.append(Program(f"train {phase.name}", run, arguments, size, state_bytes, (1,), whole, once=once))
     return programs
 
 
@@ -401,6 +408,7 @@ def attempt(program: Program, task: Task, known: Mapping[str, dict] | None = Non
         "chips": 1 if task.method == "kernels" else math.prod(sides_of(task.topology)),
         "samples": program.samples,
         "state_bytes": program.state_bytes,
+        "once": program.once,
     }
     began = time.perf_counter()
     try:
@@ -499,8 +507,10 @@ def faults(row: Mapping[str, Any]) -> list[str]:
     if row["program"].startswith("sweep") and row["collectives"]:
         found.append(f"{title(row)}: members of a sweep exchange {row['collectives']}; they should not meet")
     for kind, (_, size) in row["collectives"].items():
-        # Gradients and statistics are summed, in pieces that together are about as large as the detector.
-        limit = 2 * row["state_bytes"] + 2**20 if kind == "all-reduce" else max(SAMPLE_BYTES * row["samples"], 2**16)
+        # Gradients and statistics are summed, in pieces that together are about as large as the detector. What it keeps
+        # of each picture, as a bank does, is brought to all chips.
+        is_of_state = kind == "all-reduce" or (kind == "all-gather" and row.get("once"))
+        limit = 2 * row["state_bytes"] + 2**20 if is_of_state else max(SAMPLE_BYTES * row["samples"], 2**16)
         if size > limit:
             found.append(
                 f"{title(row)}: {kind} of {size / 2**20:.1f} MiB on each chip, more than {limit / 2**20:.1f} MiB: "
@@ -519,7 +529,7 @@ def growth(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     found = []
     for (method, program, dtype, chip, _), group in groups.items():
         small, large = min(group, key=lambda r: r["chips"]), max(group, key=lambda r: r["chips"])
-        if small["chips"] < large["chips"]:
+        if small["chips"] < large["chips"] and small["samples"] * large["chips"] == large["samples"] * small["chips"]:
             before, after = small["seconds"]["step"], large["seconds"]["step"]
             found.append(
                 {"method": method, "program": program, "dtype": dtype, "chip": chip}

@@ -87,7 +87,7 @@ def a_row(**changes):
 
 
 def test_a_program_that_is_fit_has_no_faults():
-    assert tpu.judge([a_row(), a_row(topology="v5e:16x16", chips=256, seconds={"step": 0.0114})]) == []
+    assert tpu.judge([a_row(), a_row(topology="v5e:16x16", chips=256, samples=8192, seconds={"step": 0.0114})]) == []
 
 
 @pytest.mark.parametrize(
@@ -111,11 +111,37 @@ def test_larger_chips_hold_more():
 
 
 def test_steps_that_take_longer_on_more_chips_are_told():
-    rows = [a_row(), a_row(topology="v5e:16x16", chips=256, seconds={"step": 0.0116, "collectives": 0.002})]
+    rows = [
+        a_row(),
+        a_row(topology="v5e:16x16", chips=256, samples=8192, seconds={"step": 0.0116, "collectives": 0.002}),
+    ]
     (reason,) = tpu.judge(rows)
     assert "a step takes 16% longer on 256 chips than on 4" in reason
     assert tpu.judge([rows[0], rows[1] | {"topology": "v6e:16x16"}]) == []  # not the same chip
     assert tpu.judge([rows[0], rows[1] | {"dtype": "bfloat16"}]) == []
+    assert tpu.judge([rows[0], rows[1] | {"samples": 256}]) == []  # less work on every chip: pictures ran out
+
+
+def test_what_is_kept_of_each_picture_may_reach_all_chips():
+    bank = a_row(collectives={"all-gather": [2, 15 << 20]}, once=True)
+    assert tpu.judge([bank]) == []
+    (fault,) = tpu.judge([bank | {"collectives": {"all-gather": [2, 25 << 20]}}])
+    assert "more than 21.0 MiB" in fault
+    assert len(tpu.judge([bank | {"collectives": {"all-to-all": [1, 15 << 20]}}])) == 1
+
+
+@pytest.mark.parametrize(("chips", "samples"), [(4, 32), (256, 256)])
+def test_a_pass_has_no_more_pictures_at_a_time_than_there_are(monkeypatch, chips, samples):
+    """Patch SVDD's bank takes 8 pictures at a time on every chip; there are 400."""
+    monkeypatch.setattr(tpu.shard, "make_mesh", lambda **_: None)
+    monkeypatch.setattr(tpu.shard, "over_data", lambda mesh: None)
+    monkeypatch.setattr(tpu, "NamedSharding", lambda *_: None)
+    monkeypatch.setattr(tpu, "placed", lambda tree, sharding: tree)
+    programs = tpu.method_programs("patch_svdd", "train", [None] * chips, preset=None, dtype="float32")
+    (bank,) = (p for p in programs if p.name == "train bank")
+    (encoder,) = (p for p in programs if p.name == "train encoder")
+    assert bank.once and bank.samples == samples
+    assert not encoder.once and encoder.samples == 64 * chips
 
 
 def test_the_table_marks_estimates_and_failures():
