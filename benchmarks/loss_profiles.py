@@ -69,7 +69,7 @@ def main():
         for name in names:
             row = {"seed": seed, "variant": name, **run(name, cfg, seed, loaded, programs)}
             rows.append(row)
-            print(json.dumps(row), flush=True)
+            print(json.dumps({part: value for part, value in row.items() if part != "over_time"}), flush=True)
             if options.json:
                 facts = {key: value for key, value in vars(options).items() if key != "json"}
                 write(options.json, {"settings": facts, "environment": environment(), "rows": rows})
@@ -78,7 +78,7 @@ def main():
 
 def run(name, cfg, seed, loaded, programs):
     """Trains and measures a variant."""
-    began = time.perf_counter()
+    began = time.perf_counter(), time.process_time()
     cfg = dataclasses.replace(cfg, **VARIANTS[name])
     sources = {role: source for role, source in loaded.sources.items() if role != "test"}
     key, spec, tested, log = jax.random.key(seed), spec_of(sources), METHOD, {}
@@ -89,11 +89,14 @@ def run(name, cfg, seed, loaded, programs):
         shared = programs.setdefault(name, Programs())
         for progress in train.drive(tested, key, cfg, sources, programs=shared):
             state = progress.state
-            log |= {f"{part}": values for part, values in progress.metrics.items() if progress.name == "sampler"}
+            if progress.name == "sampler":
+                for part, values in progress.metrics.items():
+                    log.setdefault(part, []).extend(round(float(value), 5) for value in values)
     found = measure(Detector(tested, state, None, spec), loaded)[0]
     late = {part: float(np.mean(values[-10:])) for part, values in log.items()}
     figures = {name: float(found[name]) for name in MEASURES}
-    return {**figures, "seconds": time.perf_counter() - began, "at_the_end": late}
+    seconds = {"seconds": time.perf_counter() - began[0], "processor_seconds": time.process_time() - began[1]}
+    return {**figures, **seconds, "over_time": log, "at_the_end": late}
 
 
 def fit_colours(key, cfg, sources, spec):

@@ -73,6 +73,7 @@ SMALL = {
         "policy_features": (4,),
         "policy_hidden": 4,
         "learning_rate": 0.03,
+        "predictor_learning_rate": 0.03,
     },
     "smai": {
         "steps": 4,

@@ -27,10 +27,11 @@ _PHASE = 1  # of the sampler, after that of the labels
 
 
 class Norm(nn.Module):
-    """Batch normalisation that can free its running statistics of their start."""
+    """Batch normalisation that keeps statistics, as long as `kept` says, and can free them of their start."""
 
-    def __init__(self, features, *, affine=False):
+    def __init__(self, features, *, kept, affine=False):
         super().__init__()
+        self.kept = kept
         self.weight = nn.Parameter(torch.ones(features)) if affine else None
         self.bias = nn.Parameter(torch.zeros(features)) if affine else None
         self.register_buffer("mean", torch.zeros(features))
@@ -40,9 +41,10 @@ class Norm(nn.Module):
         if not self.training:
             return functional.batch_norm(x, self.mean, self.var, self.weight, self.bias)
         mean, var, count = self.mean.clone(), self.var.clone(), x.numel() // x.shape[1]
-        out = functional.batch_norm(x, mean, var, self.weight, self.bias, True, 0.1)
+        out = functional.batch_norm(x, mean, var, self.weight, self.bias, True, 1 - self.kept)
         with torch.no_grad():
-            self.mean, self.var = mean, 0.9 * self.var + (var - 0.9 * self.var) * ((count - 1) / count)
+            before = self.kept * self.var
+            self.mean, self.var = mean, before + (var - before) * ((count - 1) / count)
         return out
 
 
@@ -75,7 +77,7 @@ class Autoencoder(nn.Module):
             inputs = same(f"mirror_{i}", widths[i - 1])
         add("last", nn.ConvTranspose2d(inputs, channels, 4, 2, 1), channels)
         plain = ("code", "last")
-        norms = {name: Norm(made.out_channels) for name, made in layers.items() if name not in plain}
+        norms = {name: Norm(made.out_channels, kept=0.0) for name, made in layers.items() if name not in plain}
         self.layers, self.norms = nn.ModuleDict(layers), nn.ModuleDict(norms)
         for name in norms:  # normalised away
             layers[name].bias.requires_grad_(False)
@@ -131,18 +133,22 @@ class Predictor(nn.Module):
         inputs = (cfg.profile_length, *cfg.predictor_features)
         pairs = enumerate(zip(inputs[:-1], inputs[1:], strict=True))
         self.layers = nn.ModuleList(nn.Conv2d(a, b, 3, 1, 2**i, 2**i) for i, (a, b) in pairs)
-        self.norms = nn.ModuleList(Norm(b, affine=True) for b in inputs[1:])
+        self.inputs = Norm(cfg.profile_length, kept=0.9)
+        self.norms = nn.ModuleList(Norm(b, kept=0.9, affine=True) for b in inputs[1:])
         self.last = nn.Conv2d(inputs[-1], 1, 1)
         for layer in self.layers:
             layer.bias.requires_grad_(False)
 
     def forward(self, x):
+        x = self.inputs(x)
         for layer, norm in zip(self.layers, self.norms, strict=True):
             x = functional.leaky_relu(norm(layer(x)), 0.2)
         return self.last(x)[:, 0]
 
     @torch.no_grad()
     def load(self, params, stats):
+        self.inputs.mean.copy_(tensor(stats["inputs"]["mean"]))
+        self.inputs.var.copy_(tensor(stats["inputs"]["var"]))
         for i, (layer, norm) in enumerate(zip(self.layers, self.norms, strict=True)):
             layer.weight.copy_(tensor(params[f"kernel_{i}"]).permute(3, 2, 0, 1))
             layer.bias.copy_(tensor(params[f"bias_{i}"]))
@@ -221,10 +227,11 @@ def make(state, spec, *, device: str, wrap) -> Peer:
     plain = {"ae_skip": False, "predictor": "learned", "sampler": "learned", "pool": "all", "alpha_schedule": "const"}
     plain |= {"predictor_negatives": "labelled+normal", "tile_shifts": 1, "dtype": "float32", "image_score": "max"}
     refuse_other("neural_batch", cfg, plain)
-    channels, patch, grid = spec.image[-1], cfg.patch, cfg.grid
+    channels, patch, grid, margin = spec.image[-1], cfg.patch, cfg.grid, neural_batch.margin(cfg)
     policy, predictor = Policy(cfg, channels).to(device), Predictor(cfg).to(device)
     network = Autoencoder(cfg, channels).to(device)
-    optimizers = [torch.optim.Adam(part.parameters(), lr=cfg.learning_rate) for part in (policy, predictor)]
+    rates = (policy, cfg.learning_rate), (predictor, cfg.predictor_learning_rate)
+    optimizers = [torch.optim.Adam(part.parameters(), lr=rate) for part, rate in rates]
     rows = state.labelled.image.shape[0]
     draw, done = Drawn(cfg, spec, rows), [0]
     act, classify = wrap(policy), wrap(predictor)
@@ -271,6 +278,10 @@ def make(state, spec, *, device: str, wrap) -> Peer:
         count = min(len(labelled), normals)
         seen_by_predictor = torch.cat([labelled, own[:count]])
         edges = edge_strength(pool).unflatten(2, (-1, grid)).unflatten(1, (-1, grid)).mean(dim=(2, 4))
+        edges, pool = (
+            functional.pad(edges, (margin // grid,) * 4),
+            functional.pad(pool, (margin,) * 4, mode="replicate"),
+        )
         visits = torch.zeros_like(edges)
         optimizer = torch.optim.Adam(network.load(variables).parameters(), lr=cfg.ae_learning_rate)
         places, maps, seen, actions, rewards = arrive(pool, normals, numbers.start), [], [], [], []
@@ -278,7 +289,8 @@ def make(state, spec, *, device: str, wrap) -> Peer:
         first, last = cells // 2, [n // grid - cells // 2 for n in pool.shape[2:]]
         for t in range(cfg.ae_steps):
             patches = []
-            with torch.no_grad(), Frozen(network, t):
+            network.eval()
+            with torch.no_grad():
                 for drawn in numbers.moves[t]:
                     crops = cut(pool, places, cells, grid)
                     counts = cut(visits, places, cells, 1)
@@ -306,10 +318,14 @@ def make(state, spec, *, device: str, wrap) -> Peer:
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            if t >= cfg.ae_steps - cfg.profile_length:
-                with torch.no_grad(), Frozen(network, t + 1):
+            with torch.no_grad():
+                network(x)  # statistics of the new weights
+            to_come, apart = divmod(cfg.ae_steps - 1 - t, cfg.profile_stride)
+            if to_come < cfg.profile_length and not apart:
+                network.eval()
+                with torch.no_grad():
                     maps.append(errors(seen_by_predictor))
-        profiles = torch.stack(maps, dim=1)
+        profiles = shape_of(torch.stack(maps, dim=1))
         return profiles, torch.stack(seen), torch.stack(actions), torch.stack(rewards), loss.detach()
 
     def step(batch):
@@ -330,6 +346,7 @@ def make(state, spec, *, device: str, wrap) -> Peer:
         future = (beta * rewards / rewards.shape[1]).flip(1).cumsum(1).flip(1) + ((1 - beta) * end)[:, None, None]
         mean = future.mean(dim=2, keepdim=True)
         gains = future - (mean.sum(dim=0) - mean) / (cfg.episodes - 1)
+        gains = gains / torch.sqrt((gains**2).mean() + 1e-12)
         norm = improve(seen.flatten(0, 2), actions.flatten(), gains.flatten())
         return {"loss": -end.mean(), "ae_loss": ae_losses.mean(), "predictor_loss": fitted, "policy_gradient": norm}
 
@@ -374,7 +391,7 @@ def make(state, spec, *, device: str, wrap) -> Peer:
                 network.load(one).eval()
                 profile.append(errors(x))
             with Frozen(predictor, int(state.updates) * cfg.predictor_steps):
-                maps.append(torch.sigmoid(classify(torch.stack(profile, dim=1))))
+                maps.append(torch.sigmoid(classify(shape_of(torch.stack(profile, dim=1)))))
         found = torch.stack(maps).mean(dim=0)
         return found.amax(dim=(1, 2)), found
 
@@ -405,6 +422,14 @@ def edge_strength(images):
     smooth = separable(grey, _SMOOTH, _SMOOTH)
     down, right = separable(smooth, _SLOPE, _TENT), separable(smooth, _TENT, _SLOPE)
     return torch.sqrt(down**2 + right**2 + 1e-8)[:, 0]
+
+
+def shape_of(profiles):
+    """Orthonormal cosines over time of log errors: (B, T, H, W) -> (B, T, H, W)."""
+    steps = torch.arange(profiles.shape[1], device=profiles.device)
+    basis = torch.cos(math.pi / len(steps) * (steps + 0.5) * steps[:, None]) * (2 / len(steps)) ** 0.5
+    basis[0] /= 2**0.5
+    return torch.einsum("kt,bt...->bk...", basis, torch.log(profiles + 0.01))
 
 
 def separable(x, rows, columns):

@@ -3,10 +3,11 @@
 Wen-Hsuan Chu, Kris M. Kitani. "Neural Batch Sampling with Reinforcement Learning for Semi-Supervised Anomaly
 Detection". ECCV 2020. https://doi.org/10.1007/978-3-030-58574-7_45 (thesis CMU-RI-TR-20-09)
 
-An autoencoder of patches is trained from scratch for K steps, again and again. The errors of a pixel after the last T
-steps are its loss profile. A small network, the predictor, classifies pixels from their profiles; it learns from a few
-pictures whose masks are known (the source "labelled"). The patches of every step are picked by walkers on the training
-pictures; their policy is trained by REINFORCE, and at the end of a cycle it is paid minus the predictor's loss.
+An autoencoder of patches is trained from scratch for K steps, again and again. The errors of a pixel after T of these
+steps, the last or every so many, are its loss profile. A small network, the predictor, classifies pixels from their
+profiles; it learns from a few pictures whose masks are known (the source "labelled"). The patches of every step are
+picked by walkers on the training pictures; their policy is trained by REINFORCE, and at the end of a cycle it is paid
+minus the predictor's loss.
 
 What is whose. The paper's text could not be obtained, nor any code of its authors; stored copies end after the
 abstract. So nothing here is "the paper's value", and nothing compares with its tables:
@@ -23,8 +24,13 @@ abstract. So nothing here is "the paper's value", and nothing compares with its 
     credited with its own hand-made rewards; action 0 jumps to a new picture and takes a patch there, so that shapes are
     static; each cycle's pool is `batch_size / episodes` normal pictures and the labelled ones, drawn as if from all;
     the baseline of the other episodes; rewards before the predictor sees the profiles; the mean over actions in the
-    policy's loss (a sum would drown the entropy bonus); running statistics corrected for their start; the class
-    balance; normal pictures as further negatives; the schedule; every preset but `full`.
+    policy's loss (a sum would drown the entropy bonus), and advantages of a root mean square of 1; the class balance;
+    normal pictures as further negatives; the schedule; every preset but `full`.
+  * Ours, and needed before profiles were worth more than their last error (`benchmarks/ACCURACY.md`): patches reach the
+    border of a picture (`reach`; that system keeps the crop inside it, so that the outer eighth is never trained on
+    and has the largest errors of all); batch normalisation judges by the statistics of the last patches, not by a
+    running mean over the weights of all steps; a profile may be spread over the whole training (`profile_stride`); the
+    predictor reads cosines over time of log errors, standardised.
   * Test pictures take no part in training: their profiles come from the autoencoders that `eval_cycles` cycles with the
     trained sampler leave behind. With `transductive` these cycles walk on the source "aux", to which the pictures to be
     scored may belong. `predictor="none"` needs no labels: the score is the mean of the profile.
@@ -42,11 +48,12 @@ import numpy as np
 import optax
 from jax import lax
 
-from jaxad.core import Array, Batch, Method, Phase, Preset, Scores, Spec, config, static
+from jaxad.core import Array, Batch, Method, Phase, Scores, Spec
+from jaxad.methods.neural_batch_config import PRESETS, NeuralBatchConfig, check
 from jaxad.nn.conv import lowering_for
 from jaxad.nn.glimpse import GlimpsePolicy
 from jaxad.nn.init import init_flat
-from jaxad.nn.patch_autoencoder import MOMENTUM, PatchAutoencoder
+from jaxad.nn.patch_autoencoder import PatchAutoencoder
 from jaxad.nn.pixel_classifier import PixelClassifier
 from jaxad.ops import walkers
 from jaxad.ops.blocks import map_blocks
@@ -54,49 +61,10 @@ from jaxad.ops.edges import edge_strength
 from jaxad.ops.policy_gradient import entropy_of, leave_one_out, policy_loss, returns_to_go
 
 _ACTIONS = len(walkers.MOVES)
+_MOMENTUM = 0.9  # of the predictor's running statistics
 _TILES = 64  # of each autoencoder, seen at a time
+_FLOOR = 0.01  # of errors, before their logarithm
 _TOP = 1000  # "top" is the mean of one pixel in so many
-
-
-@config
-class NeuralBatchConfig:
-    """Settings of the Neural Batch Sampler. Fields marked static force a new compilation; others may be vmapped."""
-
-    patch: int = static(64)  # P, pixels a side; the sampler sees a crop of 2P
-    stride: int = static(24)  # pixels a move
-    grid: int = static(8)  # pixels; centres of patches lie on it, visits are counted on it
-    ae_features: tuple[int, ...] = static((64, 128, 256))  # of the autoencoder's stages
-    ae_code: int = static(200)
-    ae_skip: bool = static(False)  # a skip connection around the code
-    ae_steps: int = static(20)  # K, of a cycle
-    profile_length: int = static(10)  # T
-    ae_batch: int = static(32)  # patches of a step
-    walkers: int = static(32)  # that pick them, in parallel
-    episodes: int = static(8)  # E, cycles of an update of the sampler
-    steps: int = static(300)  # U, updates
-    batch_size: int = static(256)  # normal pictures of an update, split among its episodes
-    profile_pictures: int = static(16)  # labelled pictures of an update, all of them if there are fewer
-    predictor: str = static("learned")  # | "none": no labels, the score is the mean of the profile
-    predictor_features: tuple[int, ...] = static((32, 16, 8, 4))
-    predictor_steps: int = static(176)  # of an update
-    predictor_batch: int = static(10)  # profiles of each episode in such a step
-    predictor_negatives: str = static("labelled+normal")  # | "labelled": only normal pixels of labelled pictures
-    alpha_schedule: str = static("const")  # weight of normal pixels: class balance | "linear_decay": from 1 to 0
-    sampler: str = static("learned")  # | "random": uniform actions
-    policy_features: tuple[int, ...] = static((16, 32, 32, 64, 64))
-    policy_hidden: int = static(256)
-    pool: str = static("all")  # pictures that patches come from | "normal": no labelled ones
-    eval_cycles: int = static(1)  # whose autoencoders score
-    transductive: bool = static(False)  # those cycles walk on the source "aux"
-    tile_shifts: int = static(1)  # tilings an axis that are averaged
-    image_score: str = static("max")  # of the map | "top": mean of its top 0.1 %
-    dtype: str = static("float32")  # of the autoencoder and the predictor: "float32" | "bfloat16"
-    conv_impl: str = static("auto")  # "auto" | "conv" | "gemm"
-    learning_rate: float = 1e-3  # Adam, of sampler and predictor
-    ae_learning_rate: float = 1e-3  # Adam
-    entropy_weight: float = 1e-3  # of the bonus; at 0.01 it outweighed all rewards in a trial
-    leave_cost: float = 0.1  # of action 0, among the hand-made rewards
-    shaping: float = 0.55  # share of the updates over which hand-made rewards give way to the predictor's
 
 
 class Labelled(NamedTuple):
@@ -116,7 +84,7 @@ class Weights(NamedTuple):
     """
 
     params: Array  # (P,)
-    batch_stats: Array  # (Q,) running statistics
+    batch_stats: Array  # (Q,) of the last patches
 
 
 class NeuralBatchState(NamedTuple):
@@ -132,7 +100,10 @@ class NeuralBatchState(NamedTuple):
 
 
 class Pool(NamedTuple):
-    """Pictures that the walkers of an episode walk on, n normal ones before l labelled ones; with a leading axis E."""
+    """Pictures that the walkers of an episode walk on, n normal ones before l labelled ones; with a leading axis E.
+
+    All have a margin, so that the sampler's crop may reach beyond the picture where its patch reaches the border.
+    """
 
     image: Array  # (n + l, H, W, C)
     edges: Array  # (n + l, S, S) mean edge strength of cells
@@ -159,75 +130,6 @@ class Numbers(NamedTuple):
     moves: Array  # (K, B / W, W, A + 4): for the action, and where to go on leaving
 
 
-_CHOICES = {
-    "predictor": ("learned", "none"),
-    "predictor_negatives": ("labelled+normal", "labelled"),
-    "alpha_schedule": ("const", "linear_decay"),
-    "sampler": ("learned", "random"),
-    "pool": ("all", "normal"),
-    "image_score": ("max", "top"),
-    "dtype": ("float32", "bfloat16"),
-}
-
-
-def check(cfg: NeuralBatchConfig, spec: Spec) -> None:
-    """Refuses settings that cannot work.
-
-    Raises:
-      ValueError: unknown choices, sizes that do not divide each other, pictures too small, no labelled pictures.
-    """
-    for field, allowed in _CHOICES.items():
-        if getattr(cfg, field) not in allowed:
-            raise ValueError(
-                f"neural_batch: {field}={getattr(cfg, field)!r} is unknown; expected one of {allowed}. "
-                f"Pass --set {field}={allowed[0]}."
-            )
-    if len(spec.image) != 3:
-        raise ValueError(f"neural_batch: samples of shape {spec.image}; expected pictures. Load the data without clip.")
-    _check_sizes(cfg, spec)
-    if cfg.episodes < 2 or cfg.batch_size % cfg.episodes or cfg.ae_batch % cfg.walkers:
-        raise ValueError(
-            f"neural_batch: episodes={cfg.episodes}, batch_size={cfg.batch_size}, ae_batch={cfg.ae_batch}, "
-            f"walkers={cfg.walkers}; expected at least 2 episodes (each is compared with the others) that divide the "
-            "batch, and walkers that divide ae_batch. Pass --set episodes=8 --set batch_size=64 --set walkers=8."
-        )
-    if not 1 <= cfg.profile_length <= cfg.ae_steps or cfg.tile_shifts < 1 or cfg.patch % cfg.tile_shifts:
-        raise ValueError(
-            f"neural_batch: profile_length={cfg.profile_length}, ae_steps={cfg.ae_steps}, tile_shifts="
-            f"{cfg.tile_shifts}; expected 1 <= profile_length <= ae_steps and tile_shifts that divide patch="
-            f"{cfg.patch}. Pass --set profile_length={max(1, cfg.ae_steps // 2)} --set tile_shifts=1."
-        )
-    if cfg.predictor == "learned" and not spec.sizes.get("labelled"):
-        raise ValueError(
-            "neural_batch: predictor='learned' learns from a few anomalous pictures with masks, and the data has no "
-            "source 'labelled'; expected at least one. Pass --labels-per-type 5 to take them out of the test set, or "
-            "--set predictor=none to do without."
-        )
-    if cfg.transductive and not spec.sizes.get("aux"):
-        raise ValueError(
-            "neural_batch: transductive=true walks on the source 'aux', which the data does not have; expected the "
-            "pictures to be scored, without labels. Pass {..., 'aux': Source(...)}, or --set transductive=false."
-        )
-
-
-def _check_sizes(cfg: NeuralBatchConfig, spec: Spec) -> None:
-    height, width = spec.image[:2]
-    unit = 2 * cfg.grid
-    least = 2 ** len(cfg.ae_features)
-    if cfg.patch % unit or cfg.stride % cfg.grid or cfg.stride < 1 or cfg.patch % least:
-        raise ValueError(
-            f"neural_batch: patch={cfg.patch}, stride={cfg.stride}, grid={cfg.grid}, {len(cfg.ae_features)} stages; "
-            f"expected a patch divisible by {math.lcm(unit, least)} and a stride by {cfg.grid}. "
-            f"Pass --set grid={max(1, math.gcd(cfg.patch // 2, cfg.stride))}."
-        )
-    if height % cfg.grid or width % cfg.grid or min(height, width) < 2 * cfg.patch:
-        size = max(2 * cfg.patch, cfg.grid * (min(height, width) // cfg.grid))
-        raise ValueError(
-            f"neural_batch: pictures of {height}x{width}; expected multiples of grid={cfg.grid}, at least "
-            f"{2 * cfg.patch}, two patches. Pass --image-size {size}."
-        )
-
-
 # --- networks -----------------------------------------------------------------------------------------------------
 
 
@@ -238,7 +140,7 @@ def autoencoder_of(cfg: NeuralBatchConfig, *, impl: str = "gemm") -> PatchAutoen
 
 def predictor_of(cfg: NeuralBatchConfig) -> PixelClassifier:
     """The network that classifies profiles."""
-    return PixelClassifier(cfg.predictor_features, MOMENTUM, impl=cfg.conv_impl, dtype=jnp.dtype(cfg.dtype))
+    return PixelClassifier(cfg.predictor_features, _MOMENTUM, impl=cfg.conv_impl, dtype=jnp.dtype(cfg.dtype))
 
 
 def policy_of(cfg: NeuralBatchConfig) -> GlimpsePolicy:
@@ -313,7 +215,7 @@ def corrected(batch_stats: Any, begun: Any, steps: Array) -> Any:
       begun: what they were before the first, of the same shape.
       steps: () int32; 0 leaves them as they are.
     """
-    kept = jnp.where(steps > 0, MOMENTUM ** steps.astype(jnp.float32), 0.0)
+    kept = jnp.where(steps > 0, _MOMENTUM ** steps.astype(jnp.float32), 0.0)
     return jax.tree.map(lambda leaf, start: (leaf - kept * start) / (1 - kept), batch_stats, begun)
 
 
@@ -332,7 +234,7 @@ def loss_map(cfg: NeuralBatchConfig, weights: Weights, images: Array, *, impl: s
 
     Args:
       cfg: the config.
-      weights: of one autoencoder, with corrected statistics.
+      weights: of one autoencoder.
       images: (B, H, W, C); borders are repeated where tiles reach beyond them.
       impl: of the convolutions; "gemm" where `weights` is vmapped.
 
@@ -367,6 +269,24 @@ def profile(cfg: NeuralBatchConfig, snapshots: Weights, images: Array, *, impl: 
     with lowering_for(looped=True):
         maps = lax.map(lambda snapshot: loss_map(cfg, snapshot, images, impl=impl), snapshots)
     return jnp.moveaxis(maps, 0, -1)
+
+
+def shape_of(profiles: Array) -> Array:
+    """What the predictor reads: cosines over time of log errors, from their level to their quickest changes.
+
+    Errors of a pixel after neighbouring steps hardly differ, so that a network has to learn for long before it reads
+    anything but their level; cosines, each standardised by the network, put what differs beside it.
+
+    Args:
+      profiles: (..., T).
+
+    Returns:
+      (..., T), the orthonormal discrete cosine transform of log(error + 0.01).
+    """
+    length = profiles.shape[-1]
+    times, waves = np.arange(length) + 0.5, np.arange(length)
+    basis = np.cos(np.pi / length * times[:, None] * waves) * np.sqrt(np.where(waves, 2, 1) / length)
+    return jnp.log(profiles + _FLOOR) @ jnp.asarray(basis, jnp.float32)
 
 
 # --- a cycle ------------------------------------------------------------------------------------------------------
@@ -464,10 +384,7 @@ def cycle(key: Array, cfg: NeuralBatchConfig, policy: Any, pool: Pool, normals: 
     network, channels = autoencoder_of(cfg), pool.image.shape[-1]
     fresh = fresh_weights(key_weights, cfg, channels)
     history = jax.tree.map(lambda leaf: jnp.zeros((cfg.profile_length, *leaf.shape)), fresh)
-    begin = cfg.ae_steps - cfg.profile_length
-    starts = np.concatenate(
-        [leaf.ravel() for leaf in jax.tree.leaves(starts_of(_variables(cfg, channels).batch_stats))]
-    )
+    begin = cfg.ae_steps - 1 - (cfg.profile_length - 1) * cfg.profile_stride
 
     def loss_of(params, batch_stats, patches):
         variables = variables_of(cfg, Weights(params, batch_stats), channels)
@@ -476,22 +393,21 @@ def cycle(key: Array, cfg: NeuralBatchConfig, policy: Any, pool: Pool, normals: 
 
     def step(carry, drawn):
         t, weights, optimizer, places, history = carry
-        now = weights._replace(batch_stats=corrected(weights.batch_stats, starts, t))
-        places, (rollout, patches) = lax.scan(_move(cfg, policy, pool, normals, share, now), places, drawn)
+        places, (rollout, patches) = lax.scan(_move(cfg, policy, pool, normals, share, weights), places, drawn)
         patches = patches.reshape(-1, *patches.shape[2:])
-        (loss, batch_stats), grads = jax.value_and_grad(loss_of, has_aux=True)(*weights, patches)
+        (loss, _), grads = jax.value_and_grad(loss_of, has_aux=True)(*weights, patches)
         updates, optimizer = optax.scale_by_adam().update(grads, optimizer)
-        weights = Weights(weights.params - cfg.ae_learning_rate * updates, batch_stats)
-        now = weights._replace(batch_stats=corrected(batch_stats, starts, t + 1))
-        slot = jnp.maximum(t - begin, 0)  # steps before the profile's first are overwritten by it
-        history = jax.tree.map(lambda h, leaf: lax.dynamic_update_index_in_dim(h, leaf, slot, 0), history, now)
+        params = weights.params - cfg.ae_learning_rate * updates
+        weights = Weights(params, loss_of(params, weights.batch_stats, patches)[1])  # as the step has left it
+        slot = jnp.maximum(-((begin - t) // cfg.profile_stride), 0)  # of the next to keep, which overwrites
+        history = jax.tree.map(lambda h, leaf: lax.dynamic_update_index_in_dim(h, leaf, slot, 0), history, weights)
         return (t + 1, weights, optimizer, places, history), (rollout, loss)
 
     places = (*_arrive(cfg, pool, normals, share, numbers.start), jnp.zeros_like(pool.edges))
     carry = (jnp.int32(0), fresh, optax.scale_by_adam().init(fresh.params), places, history)
     with lowering_for(looped=True):
         (*_, (_, _, visits), snapshots), (rollout, losses) = lax.scan(step, carry, numbers.moves)
-    return Cycle(rollout, snapshots, losses[-1], jnp.mean(visits > 0))
+    return Cycle(rollout, snapshots, losses[-1], jnp.mean(_inside(visits[None], margin(cfg) // cfg.grid) > 0))
 
 
 class Cycles(NamedTuple):
@@ -530,8 +446,20 @@ def choose_rows(key: Array, size: int, count: int) -> Array:
 
 def _pool_of(cfg: NeuralBatchConfig, images: Array, masks: Array) -> Pool:
     """(E, n, H, W, C) and (E, n, H, W) as a pool."""
-    edges = jax.vmap(edge_strength)(images)
-    return Pool(images, *(jax.vmap(lambda m: walkers.cell_means(m, grid=cfg.grid))(maps) for maps in (edges, masks)))
+    edges, around = jax.vmap(edge_strength)(images), margin(cfg)
+    cells = [jax.vmap(lambda m: walkers.cell_means(m, grid=cfg.grid))(maps) for maps in (edges, masks)]
+    wide, narrow = ([(0, 0), (0, 0), (width, width), (width, width)] for width in (around, around // cfg.grid))
+    return Pool(jnp.pad(images, [*wide, (0, 0)], mode="edge"), *(jnp.pad(maps, narrow) for maps in cells))
+
+
+def margin(cfg: NeuralBatchConfig) -> int:
+    """Pixels of the pool beyond each border of its pictures."""
+    return cfg.patch // 2 if cfg.reach == "picture" else 0
+
+
+def _inside(maps: Array, width: int) -> Array:
+    """(E, n, H, W, ...) without a margin of `width`."""
+    return maps[:, :, width : maps.shape[2] - width, width : maps.shape[3] - width]
 
 
 # --- the predictor ------------------------------------------------------------------------------------------------
@@ -552,7 +480,7 @@ def balance(state: NeuralBatchState) -> Array:
 
 
 def classify(state: NeuralBatchState, profiles: Array) -> Array:
-    """Logits of pixels by the predictor as it stands. (B, H, W, T) -> (B, H, W)."""
+    """Logits of pixels by the predictor as it stands, from what `shape_of` gives. (B, H, W, T) -> (B, H, W)."""
     steps = state.updates * state.cfg.predictor_steps
     batch_stats = corrected(state.batch_stats, starts_of(state.batch_stats), steps)
     variables = {"params": state.params["predictor"], "batch_stats": batch_stats}
@@ -560,7 +488,7 @@ def classify(state: NeuralBatchState, profiles: Array) -> Array:
 
 
 def fit_predictor(key: Array, state: NeuralBatchState, profiles: Array, masks: Array):
-    """Some steps of Adam on stored profiles, turned and mirrored at random.
+    """Some steps of Adam on stored profiles as `shape_of` gives them, turned and mirrored at random.
 
     Args:
       key: of the choice of profiles.
@@ -589,7 +517,7 @@ def fit_predictor(key: Array, state: NeuralBatchState, profiles: Array, masks: A
         x, y = _turn(x, turns, square), _turn(y[..., None], turns, square)[..., 0]
         (loss, batch_stats), grads = jax.value_and_grad(loss_of, has_aux=True)(params, batch_stats, x, y)
         updates, optimizer = optax.scale_by_adam().update(grads, optimizer)
-        params = jax.tree.map(lambda p, u: p - cfg.learning_rate * u, params, updates)
+        params = jax.tree.map(lambda p, u: p - cfg.predictor_learning_rate * u, params, updates)
         return (params, batch_stats, optimizer), loss
 
     carry = state.params["predictor"], state.batch_stats, state.optimizer["predictor"]
@@ -617,6 +545,9 @@ def _turn(x: Array, turns: Array, square: bool) -> Array:
 def advantages_of(rollout: Rollout, end: Array, *, beta: Array, leave_cost: Array | float) -> Array:
     """Returns less their baseline: hand-made rewards to come, weighed by beta, and the reward at the end.
 
+    They are divided by their root mean square: the predictor's loss differs by thousandths between episodes, and the
+    entropy bonus should weigh as much against it as against hand-made rewards.
+
     Args:
       rollout: (E, K, B / W, W) entries.
       end: (E,) reward at the end of each episode.
@@ -630,7 +561,8 @@ def advantages_of(rollout: Rollout, end: Array, *, beta: Array, leave_cost: Arra
     made = rollout.clone + rollout.cover - leave_cost * leaves
     made = made.reshape(made.shape[0], -1, made.shape[-1])
     returns = returns_to_go(beta * made / made.shape[1], (1 - beta) * end)
-    return returns - leave_one_out(returns.mean(axis=-1, keepdims=True))
+    advantages = returns - leave_one_out(returns.mean(axis=-1, keepdims=True))
+    return advantages / jnp.sqrt(jnp.mean(advantages**2) + 1e-12)
 
 
 def fit_sampler(state: NeuralBatchState, cycles: Cycles, advantages: Array):
@@ -717,15 +649,16 @@ def sampler_step(key: Array, state: NeuralBatchState, batch: Batch):
 
 
 def _judge(state: NeuralBatchState, cycles: Cycles) -> tuple[Array, Array, Array]:
-    """Profiles of labelled and of as many normal pictures (E, N, H, W, T), their masks, and the reward (E,): minus the
-    predictor's loss on the labelled ones, before it has seen these profiles."""
+    """Shapes of the profiles of labelled and of as many normal pictures (E, N, H, W, T), their masks, and the reward
+    (E,): minus the predictor's loss on the labelled ones, before it has seen these profiles."""
     cfg, pool, rows = state.cfg, cycles.pool, cycles.rows
     assert state.labelled is not None and rows is not None
     count = rows.shape[0]
     normals = min(count, cycles.normals) if cfg.predictor_negatives == "labelled+normal" else 0
     episodes = pool.image.shape[0]
     images = jnp.concatenate([pool.image[:, cycles.normals :], pool.image[:, :normals]], axis=1)
-    profiles = jax.vmap(lambda snapshots, x: profile(cfg, snapshots, x))(cycles.cycle.snapshots, images)
+    images = _inside(images, margin(cfg))
+    profiles = shape_of(jax.vmap(lambda snapshots, x: profile(cfg, snapshots, x))(cycles.cycle.snapshots, images))
     known = state.labelled.mask[rows].astype(jnp.float32)
     known = jnp.concatenate([known, jnp.zeros((normals, *known.shape[1:]))])
     masks = jnp.broadcast_to(known, (episodes, *known.shape))
@@ -771,70 +704,14 @@ def score(state: NeuralBatchState, images: Array) -> Scores:
     profiles = lax.map(lambda snapshots: profile(cfg, snapshots, images, impl=cfg.conv_impl), state.snapshots)
     maps = profiles.mean(axis=(0, -1))
     if cfg.predictor == "learned":
-        logits = classify(state, profiles.reshape(-1, *profiles.shape[2:]))  # not in the loop: faster on CPU
+        shapes = shape_of(profiles).reshape(-1, *profiles.shape[2:])
+        logits = classify(state, shapes)  # not in the loop: faster on CPU
         maps = jax.nn.sigmoid(logits).reshape(profiles.shape[:-1]).mean(axis=0)
     flat = maps.reshape(maps.shape[0], -1)
     if cfg.image_score == "max":
         return Scores(image=flat.max(axis=1), map=maps)
     return Scores(image=lax.top_k(flat, max(1, flat.shape[1] // _TOP))[0].mean(axis=1), map=maps)
 
-
-PRESETS = {
-    "full": Preset(
-        "256x256, sizes and schedule as far as they are known, else ours; 2400 cycles, for an accelerator",
-        data={"image_size": 256, "channels": 3, "labels_per_type": 5},
-    ),
-    "small": Preset(
-        "64x64 with patches of 16, minutes on two cores (ours)",
-        config={
-            "patch": 16,
-            "stride": 8,
-            "grid": 4,
-            "ae_features": (8, 16),
-            "ae_code": 16,
-            "ae_steps": 12,
-            "profile_length": 6,
-            "ae_batch": 16,
-            "walkers": 8,
-            "steps": 60,
-            "batch_size": 32,
-            "profile_pictures": 8,
-            "predictor_features": (16, 8, 8, 4),
-            "predictor_steps": 8,
-            "predictor_batch": 1,
-            "policy_features": (8, 16, 16, 32),
-            "policy_hidden": 32,
-            "eval_cycles": 2,
-            "ae_learning_rate": 5e-3,
-            "learning_rate": 3e-3,
-        },
-        data={"image_size": 64, "channels": 3, "labels_per_type": 5},
-    ),
-    "tiny": Preset(
-        "for tests and first looks: 32x32 with patches of 8, without labels, seconds on two cores (ours)",
-        config={
-            "patch": 8,
-            "stride": 4,
-            "grid": 4,
-            "ae_features": (8, 16),
-            "ae_code": 8,
-            "ae_steps": 100,
-            "profile_length": 4,
-            "ae_batch": 16,
-            "walkers": 8,
-            "episodes": 8,
-            "steps": 3,
-            "batch_size": 64,
-            "predictor": "none",
-            "policy_features": (8, 8),
-            "policy_hidden": 16,
-            "eval_cycles": 4,
-            "ae_learning_rate": 1e-2,
-            "learning_rate": 3e-3,
-        },
-        data={"image_size": 32, "channels": 3},
-    ),
-}
 
 METHOD = Method(
     name="neural_batch",

@@ -23,7 +23,6 @@ from jaxad.nn.conv import correlate
 from jaxad.nn.strided import lowering
 from jaxad.ops.space_to_depth import conv4, conv4_transposed
 
-MOMENTUM = 0.9  # of running statistics
 _TAPS = {"same": (3, 3), "down": (4, 4), "up": (4, 4)}
 
 
@@ -70,7 +69,8 @@ class PatchAutoencoder(nn.Module):
     Stage i halves the size and has `features[i]` channels; then channels narrow to `features[0]`, and a dense layer
     makes the code. The decoder is the mirror image. Batch normalisation without scale and shift follows every layer but
     the code and the last; then a leaky unit of slope 0.2. With `skip` the last stage of the encoder is put beside what
-    the decoder's first doubling reads.
+    the decoder's first doubling reads. The statistics kept are those of the last batch: within a few steps weights move
+    so much that a running mean belongs to no network.
     """
 
     features: Sequence[int]
@@ -86,7 +86,7 @@ class PatchAutoencoder(nn.Module):
         steady: dict[str, Any] = {"use_scale": False, "use_bias": False, "dtype": jnp.float32}
 
         def activate(x: Array, name: str) -> Array:
-            norm = nn.BatchNorm(use_running_average=not train, momentum=MOMENTUM, name=name, **steady)
+            norm = nn.BatchNorm(use_running_average=not train, momentum=0.0, name=name, **steady)
             return jax.nn.leaky_relu(norm(x), 0.2).astype(self.dtype)
 
         def layer(x: Array, kind: str, features: int, name: str, **more: Any) -> Array:

@@ -59,7 +59,8 @@ def _shift(image: Array, down: int, right: int) -> Array:
 class PixelClassifier(nn.Module):
     """Channels (B, H, W, T) -> logits (B, H, W) float32.
 
-    Layer i has dilation 2**i, then batch normalisation and a leaky unit of slope 0.2; a 1x1 layer ends it.
+    Channels are standardised first. Layer i has dilation 2**i, then batch normalisation and a leaky unit of slope 0.2;
+    a 1x1 layer ends it.
     """
 
     features: Sequence[int] = (32, 16, 8, 4)
@@ -69,15 +70,15 @@ class PixelClassifier(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, *, train: bool) -> Array:
-        x = x.astype(self.dtype)
+        steady: dict[str, Any] = {"momentum": self.momentum, "dtype": jnp.float32}
+        norm = nn.BatchNorm(use_running_average=not train, use_scale=False, use_bias=False, name="inputs", **steady)
+        x = norm(x).astype(self.dtype)
         for i, width in enumerate(self.features):
             bound = 1 / math.sqrt(9 * x.shape[-1])
             kernel = self.param(f"kernel_{i}", init.uniform(bound), (3, 3, x.shape[-1], width))
             bias = lax.stop_gradient(self.param(f"bias_{i}", init.uniform(bound), (width,)))  # normalised away
             x = dilated3(x, kernel.astype(self.dtype), dilation=2**i, impl=self.impl) + bias.astype(self.dtype)
-            norm = nn.BatchNorm(
-                use_running_average=not train, momentum=self.momentum, dtype=jnp.float32, name=f"norm_{i}"
-            )
+            norm = nn.BatchNorm(use_running_average=not train, name=f"norm_{i}", **steady)
             x = jax.nn.leaky_relu(norm(x), 0.2).astype(self.dtype)
         bound = 1 / math.sqrt(x.shape[-1])
         kernel = self.param("last_kernel", init.uniform(bound), (x.shape[-1], 1))

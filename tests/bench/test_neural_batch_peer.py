@@ -31,6 +31,9 @@ FIELDS = {
     "steps": 4,
     "shaping": 0.3,  # the second update is half paid by the predictor
     "predictor_batch": 3,
+    "reach": "picture",
+    "profile_stride": 2,
+    "predictor_learning_rate": 1e-3,
 }
 
 

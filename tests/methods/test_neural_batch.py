@@ -13,7 +13,6 @@ from jaxad.core import Source, Spec, as_arrays, spec_of
 from jaxad.methods import neural_batch as method
 from jaxad.methods.neural_batch import Pool, Rollout, Weights
 from jaxad.nn.conv import lowering_for
-from jaxad.nn.patch_autoencoder import MOMENTUM
 from jaxad.nn.pixel_classifier import dilated3
 
 FULL = method.NeuralBatchConfig()
@@ -38,6 +37,7 @@ SMALLEST = {
     "policy_hidden": 8,
     "eval_cycles": 1,
     "steps": 4,
+    "reach": "crop",
 }
 
 
@@ -156,7 +156,7 @@ def test_statistics_are_freed_of_their_start():
     seen = jax.tree.map(lambda leaf: 0.7 + jnp.arange(leaf.size, dtype=float), layers)
     running = layers
     for _ in range(3):
-        running = jax.tree.map(lambda old, new: MOMENTUM * old + (1 - MOMENTUM) * new, running, seen)
+        running = jax.tree.map(lambda old, new: 0.9 * old + 0.1 * new, running, seen)
     found = method.corrected(running, starts, jnp.int32(3))
     for leaf, expected in zip(jax.tree.leaves(found), jax.tree.leaves(seen), strict=True):
         np.testing.assert_allclose(leaf, expected, rtol=1e-5)
@@ -197,11 +197,12 @@ def test_tiles_reach_beyond_pictures_and_shifted_tilings_are_averaged(weights):
 
 
 def test_profiles_are_the_errors_after_the_last_steps_oldest_first():
-    """T = 1 gives the last error of T = 3, a cycle of one step fewer the two before it."""
+    """A cycle of one step fewer gives the two before the last error of T = 3, a stride of 2 leaves one out."""
     state, images = prepared()
 
-    def profile_of(steps, length):
-        cfg = dataclasses.replace(state.cfg, ae_steps=steps, profile_length=length, sampler="random")
+    def profile_of(steps, length, stride=1):
+        fields = {"ae_steps": steps, "profile_length": length, "profile_stride": stride, "sampler": "random"}
+        cfg = dataclasses.replace(state.cfg, **fields)
         pool = Pool(images[:3], jnp.ones((3, 4, 4)), jnp.zeros((3, 4, 4)))
         numbers = method.draw_numbers(jax.random.key(5), dataclasses.replace(cfg, ae_steps=4))
         numbers = numbers._replace(moves=numbers.moves[:steps])
@@ -213,8 +214,39 @@ def test_profiles_are_the_errors_after_the_last_steps_oldest_first():
 
     whole = profile_of(4, 3)
     assert whole.shape == (2, 8, 8, 3) and float(abs(whole[..., 0] - whole[..., 2]).max()) > 1e-4
-    np.testing.assert_allclose(profile_of(4, 1)[..., 0], whole[..., 2], rtol=1e-4, atol=1e-6)
     np.testing.assert_allclose(profile_of(3, 2), whole[..., :2], rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(profile_of(4, 2, stride=2), whole[..., ::2], rtol=1e-4, atol=1e-6)
+
+
+def test_the_predictor_reads_cosines_of_log_errors():
+    """Of T = 3: level, slope and bend."""
+    errors = np.array([0.01, 0.03, 0.09])
+    level, slope, bend = np.log(errors + 0.01) @ np.array([[1, 1, 1], [1, 0, -1], [1, -2, 1]]).T
+    expected = [level / np.sqrt(3), slope / np.sqrt(2), bend / np.sqrt(6)]
+    np.testing.assert_allclose(method.shape_of(jnp.asarray(errors, jnp.float32)), expected, rtol=1e-4)
+    assert method.shape_of(jnp.full((2, 1), 0.09)) == pytest.approx(np.log(0.1), rel=1e-4)
+
+
+def test_the_statistics_of_an_autoencoder_are_those_of_its_last_patches(weights):
+    cfg = config()
+    patches = jax.random.uniform(jax.random.key(0), (4, 4, 4, 3))
+    network, variables = method.autoencoder_of(cfg), method.variables_of(cfg, weights, 3)
+    rebuilt, updated = network.apply(variables, patches, train=True, mutable=["batch_stats"])
+    again = network.apply({**variables, **updated}, patches, train=False)
+    np.testing.assert_allclose(again, rebuilt, atol=1e-5)
+
+
+def test_patches_reach_the_border_of_a_picture_with_a_margin():
+    images = jnp.arange(8 * 12, dtype=jnp.float32).reshape(1, 1, 8, 12, 1)
+    drawn = jnp.asarray(np.random.default_rng(0).random((200, 4)), jnp.float32)
+    for reach, cells in (("picture", (4, 6)), ("crop", (2, 4))):
+        cfg = config(reach=reach)
+        pool = jax.tree.map(lambda leaf: leaf[0], method._pool_of(cfg, images, jnp.zeros((1, 1, 8, 12))))
+        _, centre = method._arrive(cfg, pool, 1, jnp.float32(0), drawn)
+        corners = method.walkers.crop(pool.image, jnp.zeros(len(centre), int), centre, size=2, grid=2)[..., 0]
+        around = 2 if reach == "crop" else 0
+        assert corners.min() == around * 13 and corners.max() == 8 * 12 - 1 - around * 13
+        assert len(set(map(tuple, np.asarray(centre)))) == (cells[0] - 1) * (cells[1] - 1)
 
 
 # --- rewards ------------------------------------------------------------------------------------------------------
@@ -249,16 +281,17 @@ def test_coverage_is_paid_by_visits_before():
 
 
 def test_advantages_of_a_small_case():
-    """Two episodes of two moves of one walker each, by hand."""
+    """Two episodes of two moves of one walker each, by hand; then they are brought to a root mean square of 1."""
     clone, cover = jnp.array([[1.0, 2.0], [3.0, 4.0]])[:, :, None, None], jnp.zeros((2, 2, 1, 1))
     action = jnp.array([[1, 0], [2, 3]])[:, :, None, None]
     rollout = Rollout(None, None, None, None, action, clone, cover, None)
     end = jnp.array([-1.0, -3.0])
     found = method.advantages_of(rollout, end, beta=jnp.float32(0.5), leave_cost=0.4)[..., 0]
     returns = np.array([[0.5 * 2.6 / 2 - 0.5, 0.5 * 1.6 / 2 - 0.5], [0.5 * 7 / 2 - 1.5, 0.5 * 4 / 2 - 1.5]])
-    np.testing.assert_allclose(found, returns - returns[::-1], rtol=1e-5)
+    apart = returns - returns[::-1]
+    np.testing.assert_allclose(found, apart / np.sqrt((apart**2).mean()), rtol=1e-5)
     only_end = method.advantages_of(rollout, end, beta=jnp.float32(0), leave_cost=0.4)
-    np.testing.assert_allclose(only_end[..., 0], [[2, 2], [-2, -2]], rtol=1e-6)
+    np.testing.assert_allclose(only_end[..., 0], [[1, 1], [-1, -1]], rtol=1e-6)
 
 
 # --- cycles and updates -------------------------------------------------------------------------------------------
@@ -294,11 +327,13 @@ def test_each_loss_moves_its_own_network_only():
     """With nothing to gain the policy stays; the predictor's steps move the predictor."""
     state, images = prepared()
     idle = dataclasses.replace(state.cfg, entropy_weight=jnp.float32(0))
-    rollout = jnp.zeros((4, 4 * 2, 2))
-    cycles = jax.jit(lambda s: method.run_cycles(jax.random.key(0), s, images, episodes=4)._replace(normals=0))
-    cycles = cycles(state)._replace(normals=2)
-    stays, norm, _ = method.fit_sampler(state._replace(cfg=idle), cycles, rollout)
-    assert float(norm) < 1e-6 and stays.params["predictor"] is state.params["predictor"]
+    shapes = jax.eval_shape(lambda s: method.run_cycles(jax.random.key(0), s, images, episodes=4), state)
+    cycles = jax.tree.map(lambda leaf: jnp.ones(leaf.shape, leaf.dtype), shapes)
+    fit = jax.jit(lambda s: method.fit_sampler(s, cycles, jnp.zeros((4, 4 * 2, 2))))
+    stays, norm, _ = fit(state._replace(cfg=idle))
+    moved = jax.tree.map(lambda a, b: float(abs(a - b).max()), stays.params, state.params)
+    assert float(norm) < 1e-6 and max(jax.tree.leaves(moved["predictor"])) == 0
+    assert float(fit(state)[1]) > 1e-6  # the entropy bonus alone
     profiles, masks = jnp.ones((4, 3, 8, 8, 2)), jnp.ones((4, 3, 8, 8))
     fitted, _ = jax.jit(method.fit_predictor)(jax.random.key(0), state, profiles, masks)
     moved = jax.tree.map(lambda a, b: float(abs(a - b).max()), fitted.params, state.params)
@@ -321,7 +356,7 @@ def test_the_gradient_from_stored_observations_is_that_of_the_rollout():
     assert float(flat.visits.max()) >= 1 and float(flat.error.min()) > 0
 
 
-@pytest.mark.parametrize("walkers", [1, 2, 4])
+@pytest.mark.parametrize("walkers", [1, 4])
 def test_every_step_takes_as_many_patches_whatever_the_walkers(walkers):
     state, images = prepared()
     cfg = dataclasses.replace(state.cfg, walkers=walkers, sampler="random")
@@ -347,9 +382,9 @@ def test_walkers_arrive_everywhere_and_at_labelled_pictures_in_their_share():
 
 
 def test_it_runs_without_labels_and_scores_the_mean_of_the_profile():
-    cfg, data = config(predictor="none", steps=2), jax.device_put(sources())
-    assert [phase.name for phase in method.phases(cfg)] == ["sampler", "profile"]
-    assert [phase.name for phase in method.phases(config(predictor="none", sampler="random"))] == ["profile"]
+    cfg, data = config(predictor="none", sampler="random"), jax.device_put(sources())
+    assert [phase.name for phase in method.phases(config(predictor="none"))] == ["sampler", "profile"]
+    assert [phase.name for phase in method.phases(cfg)] == ["profile"]
     method.check(cfg, Spec((8, 8, 3), {"train": 6}))
     for progress in train.drive(method.METHOD, jax.random.key(0), cfg, {"train": data["train"]}):
         state = progress.state
@@ -376,7 +411,7 @@ def test_transductive_cycles_walk_on_the_pictures_to_be_scored():
         ({}, {"labelled": 0}, "no source 'labelled'.*Pass --labels-per-type 5"),
         ({"episodes": 1}, {}, "episodes=1, .*at least 2 episodes"),
         ({"batch_size": 9}, {}, "batch_size=9, .* that divide the batch"),
-        ({"profile_length": 5}, {}, "profile_length=5, ae_steps=4"),
+        ({"profile_length": 5}, {}, "profile_length=5, profile_stride=1, ae_steps=4"),
         ({"patch": 6}, {}, "patch=6, .*expected a patch divisible by 4"),
         ({"stride": 3}, {}, "stride=3, .*and a stride by 2. Pass --set grid=1"),
         ({"patch": 8}, {}, "pictures of 8x8; expected multiples of grid=2, at least 16.*Pass --image-size 16"),
@@ -408,7 +443,8 @@ def test_a_defect_that_colours_show_is_learned():
         "train": Source(image=image[:20], label=np.zeros(20, np.int32)),
         "labelled": Source(image=marked[:10], label=np.ones(10, np.int32), mask=mask[:10]),
     }
-    cfg = config(patch=4, steps=25, predictor_steps=8, learning_rate=1e-2, ae_learning_rate=1e-2, profile_pictures=6)
+    rates = dict.fromkeys(("learning_rate", "predictor_learning_rate", "ae_learning_rate"), 0.01)
+    cfg = config(patch=4, steps=25, predictor_steps=8, profile_pictures=6, **rates)
     for progress in train.drive(method.METHOD, jax.random.key(0), cfg, jax.device_put(data)):
         state = progress.state
     test = Source(image=jnp.asarray(marked[10:]), label=jnp.ones(10, jnp.int32))
