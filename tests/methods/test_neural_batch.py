@@ -197,14 +197,14 @@ def test_tiles_reach_beyond_pictures_and_shifted_tilings_are_averaged(weights):
 
 
 def test_profiles_are_the_errors_after_the_last_steps_oldest_first():
-    """A cycle of one step fewer gives the two before the last error of T = 3, a stride of 2 leaves one out."""
+    """Of five steps: a cycle of three gives the second and third error, a stride of 2 the first, third and fifth."""
     state, images = prepared()
 
     def profile_of(steps, length, stride=1):
         fields = {"ae_steps": steps, "profile_length": length, "profile_stride": stride, "sampler": "random"}
         cfg = dataclasses.replace(state.cfg, **fields)
         pool = Pool(images[:3], jnp.ones((3, 4, 4)), jnp.zeros((3, 4, 4)))
-        numbers = method.draw_numbers(jax.random.key(5), dataclasses.replace(cfg, ae_steps=4))
+        numbers = method.draw_numbers(jax.random.key(5), dataclasses.replace(cfg, ae_steps=5))
         numbers = numbers._replace(moves=numbers.moves[:steps])
         cut = pytest.MonkeyPatch()
         with cut.context() as patched:
@@ -212,10 +212,10 @@ def test_profiles_are_the_errors_after_the_last_steps_oldest_first():
             run = jax.jit(lambda p: method.cycle(jax.random.key(5), cfg, None, p, 3, jnp.float32(0)).snapshots)
             return method.profile(cfg, run(pool), images[:2])
 
-    whole = profile_of(4, 3)
-    assert whole.shape == (2, 8, 8, 3) and float(abs(whole[..., 0] - whole[..., 2]).max()) > 1e-4
-    np.testing.assert_allclose(profile_of(3, 2), whole[..., :2], rtol=1e-4, atol=1e-6)
-    np.testing.assert_allclose(profile_of(4, 2, stride=2), whole[..., ::2], rtol=1e-4, atol=1e-6)
+    whole = profile_of(5, 5)
+    assert whole.shape == (2, 8, 8, 5) and float(abs(whole[..., 0] - whole[..., 2]).max()) > 1e-4
+    np.testing.assert_allclose(profile_of(3, 2), whole[..., 1:3], rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(profile_of(5, 3, stride=2), whole[..., ::2], rtol=1e-4, atol=1e-6)
 
 
 def test_the_predictor_reads_cosines_of_log_errors():
