@@ -84,6 +84,17 @@ SMALL = {
         "learning_rate": 0.01,
         "conv_impl": "conv",
     },
+    "synthcp": {
+        "steps": 4,
+        "batch_size": 8,
+        "num_labels": 4,
+        "generator_widths": (4,),
+        "upsamplings": 0,
+        "spade_hidden": 4,
+        "discriminator_widths": (4,),
+        "gate": "quantile",  # the one that reads the leaf msp_threshold
+        "conv_impl": "gemm",  # as members are computed: dividing by the spread of normal pictures enlarges rounding
+    },
 }
 CHANGE = {
     "neural_batch": {"entropy_weight": 10.0, "leave_cost": 20.0, "shaping": 100.0},
@@ -94,6 +105,7 @@ CHANGE = {
     "uninformed_students": {"weight_decay": 10.0},
     "ognet": {"smooth_sigma": 60.0, "low_weight": 0.001, "real_weight": 0.9},
     "smai": {"compactness": 1000.0},
+    "synthcp": {"smooth_sigma": 60.0},
 }
 
 
