@@ -14,6 +14,7 @@ METHODS = {
     "memae": "jaxad.methods.memae",
     "mnad": "jaxad.methods.mnad",
     "neural_batch": "jaxad.methods.neural_batch",
+    "ognet": "jaxad.methods.ognet",
     "patch_svdd": "jaxad.methods.patch_svdd",
     "smai": "jaxad.methods.smai",
     "uninformed_students": "jaxad.methods.uninformed_students",
