@@ -56,7 +56,7 @@ from jaxad.nn.init import init_flat
 from jaxad.nn.patch_autoencoder import PatchAutoencoder
 from jaxad.nn.pixel_classifier import PixelClassifier
 from jaxad.ops import walkers
-from jaxad.ops.blocks import map_blocks
+from jaxad.ops.blocks import devices_of_rows, map_blocks, rows_over
 from jaxad.ops.edges import edge_strength
 from jaxad.ops.policy_gradient import entropy_of, leave_one_out, policy_loss, returns_to_go
 
@@ -105,7 +105,7 @@ class Pool(NamedTuple):
     All have a margin, so that the sampler's crop may reach beyond the picture where its patch reaches the border.
     """
 
-    image: Array  # (n + l, H, W, C)
+    image: Array  # (n + l, H, W * C), as `walkers.crop_pixels` wants it
     edges: Array  # (n + l, S, S) mean edge strength of cells
     anomalous: Array  # (n + l, S, S) anomalous share of cells
 
@@ -259,7 +259,7 @@ def _tiled(cfg: NeuralBatchConfig, variables: Any, images: Array, shift: tuple[i
         rebuilt = autoencoder_of(cfg, impl=impl).apply(variables, tiles, train=False)
         return jnp.abs(tiles - rebuilt).mean(axis=-1)
 
-    found = map_blocks(error, tiles, rows=_TILES)
+    found = map_blocks(error, tiles, rows=_TILES * devices_of_rows())
     found = found.reshape(-1, rows, columns, side, side).swapaxes(2, 3).reshape(-1, rows * side, columns * side)
     return found[:, shift[0] : shift[0] + height, shift[1] : shift[1] + width]
 
@@ -311,9 +311,20 @@ def _arrive(cfg: NeuralBatchConfig, pool: Pool, normals: int, share: Array, draw
     return image, jnp.minimum(places, last)
 
 
-def observe(cfg: NeuralBatchConfig, images: Array, image: Array, centre: Array, error: Array, visits: Array) -> Array:
+def _cut(cfg: NeuralBatchConfig, pool: Pool, image: Array, centre: Array, pixels: int) -> Array:
+    """Squares of the pool's pictures, (W, pixels, pixels, C)."""
+    where = {"size": pixels // cfg.grid, "grid": cfg.grid, "channels": channels_of(cfg, pool)}
+    return walkers.crop_pixels(pool.image, image, centre, **where)
+
+
+def channels_of(cfg: NeuralBatchConfig, pool: Pool) -> int:
+    """C of the pool's pictures."""
+    return pool.image.shape[-1] // (pool.edges.shape[-1] * cfg.grid)
+
+
+def observe(cfg: NeuralBatchConfig, pool: Pool, image: Array, centre: Array, error: Array, visits: Array) -> Array:
     """What walkers see: picture, error and visits of the crop. -> (W, 2P, 2P, C + 2)."""
-    colours = walkers.crop(images, image, centre, size=2 * cfg.patch // cfg.grid, grid=cfg.grid)
+    colours = _cut(cfg, pool, image, centre, 2 * cfg.patch)
     counts = jnp.repeat(jnp.repeat(visits, cfg.grid, axis=1), cfg.grid, axis=2)
     return jnp.concatenate([colours, error[..., None], counts[..., None]], axis=-1)
 
@@ -328,10 +339,9 @@ def _move(cfg: NeuralBatchConfig, policy: Any, pool: Pool, normals: int, share: 
         error = seen = None
         logits: Array | float = 0.0
         if cfg.sampler == "learned":
-            crops = walkers.crop(pool.image, image, centre, size=cells, grid=cfg.grid)
-            error = loss_map(cfg, weights, crops)
+            error = loss_map(cfg, weights, _cut(cfg, pool, image, centre, 2 * cfg.patch))
             seen = walkers.crop(visits, image, centre, size=cells)
-            logits = policy_of(cfg).apply({"params": policy}, observe(cfg, pool.image, image, centre, error, seen))
+            logits = policy_of(cfg).apply({"params": policy}, observe(cfg, pool, image, centre, error, seen))
         action = jnp.argmax(logits - jnp.log(-jnp.log(drawn[:, :_ACTIONS])), axis=-1).astype(jnp.int32)
         moved = walkers.move(centre, action, step=cfg.stride // cfg.grid, first=first, last=last)
         other, place = _arrive(cfg, pool, normals, share, drawn[:, _ACTIONS:])
@@ -352,7 +362,7 @@ def _move(cfg: NeuralBatchConfig, policy: Any, pool: Pool, normals: int, share: 
             cover=-jax.nn.sigmoid(mean_of(visits)),
             anomalous=mean_of(pool.anomalous),
         )
-        patches = walkers.crop(pool.image, image_after, centre_after, size=size, grid=cfg.grid)
+        patches = _cut(cfg, pool, image_after, centre_after, cfg.patch)
         visits = walkers.visit(visits, image_after, centre_after, size=size)
         return (image_after, centre_after, visits), (found, patches)
 
@@ -381,7 +391,7 @@ def cycle(key: Array, cfg: NeuralBatchConfig, policy: Any, pool: Pool, normals: 
     """
     key_weights, key_numbers = jax.random.split(key)
     numbers = draw_numbers(key_numbers, cfg)
-    network, channels = autoencoder_of(cfg), pool.image.shape[-1]
+    network, channels = autoencoder_of(cfg), channels_of(cfg, pool)
     fresh = fresh_weights(key_weights, cfg, channels)
     history = jax.tree.map(lambda leaf: jnp.zeros((cfg.profile_length, *leaf.shape)), fresh)
     begin = cfg.ae_steps - 1 - (cfg.profile_length - 1) * cfg.profile_stride
@@ -407,7 +417,8 @@ def cycle(key: Array, cfg: NeuralBatchConfig, policy: Any, pool: Pool, normals: 
     carry = (jnp.int32(0), fresh, optax.scale_by_adam().init(fresh.params), places, history)
     with lowering_for(looped=True):
         (*_, (_, _, visits), snapshots), (rollout, losses) = lax.scan(step, carry, numbers.moves)
-    return Cycle(rollout, snapshots, losses[-1], jnp.mean(_inside(visits[None], margin(cfg) // cfg.grid) > 0))
+    cells = margin(cfg) // cfg.grid
+    return Cycle(rollout, snapshots, losses[-1], jnp.mean(_inside(visits[None], cells, cells) > 0))
 
 
 class Cycles(NamedTuple):
@@ -434,7 +445,8 @@ def run_cycles(key: Array, state: NeuralBatchState, images: Array, *, episodes: 
         pool, share = jax.tree.map(join, pool, more), state.labelled.share
     keys = jax.vmap(lambda e: jax.random.fold_in(key_episodes, e))(jnp.arange(episodes))
     run = jax.vmap(lambda k, p: cycle(k, cfg, state.params["policy"], p, normals, share))
-    return Cycles(pool, run(keys, pool), rows, normals)
+    with rows_over(1):  # devices share the episodes, not the tiles of one
+        return Cycles(pool, run(keys, pool), rows, normals)
 
 
 def choose_rows(key: Array, size: int, count: int) -> Array:
@@ -448,8 +460,12 @@ def _pool_of(cfg: NeuralBatchConfig, images: Array, masks: Array) -> Pool:
     """(E, n, H, W, C) and (E, n, H, W) as a pool."""
     edges, around = jax.vmap(edge_strength)(images), margin(cfg)
     cells = [jax.vmap(lambda m: walkers.cell_means(m, grid=cfg.grid))(maps) for maps in (edges, masks)]
-    wide, narrow = ([(0, 0), (0, 0), (width, width), (width, width)] for width in (around, around // cfg.grid))
-    return Pool(jnp.pad(images, [*wide, (0, 0)], mode="edge"), *(jnp.pad(maps, narrow) for maps in cells))
+    narrow = [(0, 0), (0, 0), *((around // cfg.grid,) * 2,) * 2]
+    channels, flat = images.shape[-1], images.reshape(*images.shape[:3], -1)
+    sides = (jnp.tile(edge, around) for edge in (flat[..., :channels], flat[..., -channels:]))
+    wide = jnp.concatenate([next(sides), flat, next(sides)], axis=-1)
+    wide = jnp.pad(wide, [(0, 0), (0, 0), (around, around), (0, 0)], mode="edge")
+    return Pool(wide, *(jnp.pad(maps, narrow) for maps in cells))
 
 
 def margin(cfg: NeuralBatchConfig) -> int:
@@ -457,9 +473,9 @@ def margin(cfg: NeuralBatchConfig) -> int:
     return cfg.patch // 2 if cfg.reach == "picture" else 0
 
 
-def _inside(maps: Array, width: int) -> Array:
-    """(E, n, H, W, ...) without a margin of `width`."""
-    return maps[:, :, width : maps.shape[2] - width, width : maps.shape[3] - width]
+def _inside(maps: Array, rows: int, columns: int) -> Array:
+    """(E, n, H, W) without a margin."""
+    return maps[:, :, rows : maps.shape[2] - rows, columns : maps.shape[3] - columns]
 
 
 # --- the predictor ------------------------------------------------------------------------------------------------
@@ -579,8 +595,8 @@ def fit_sampler(state: NeuralBatchState, cycles: Cycles, advantages: Array):
 
     def loss_of(policy, chunk, gain):
         flat = jax.tree.map(lambda leaf: leaf.reshape(episodes, -1, *leaf.shape[3:]), chunk)
-        see = jax.vmap(lambda images, *walk: observe(cfg, images, *walk))
-        seen = see(cycles.pool.image, flat.image, flat.centre, flat.error, flat.visits)
+        see = jax.vmap(lambda pool, *walk: observe(cfg, pool, *walk))
+        seen = see(cycles.pool, flat.image, flat.centre, flat.error, flat.visits)
         logits = policy_of(cfg).apply({"params": policy}, seen.reshape(-1, *seen.shape[2:]))
         weight = cfg.entropy_weight
         loss = policy_loss(logits, flat.action.reshape(-1), gain.reshape(-1), entropy_weight=weight)
@@ -657,8 +673,12 @@ def _judge(state: NeuralBatchState, cycles: Cycles) -> tuple[Array, Array, Array
     normals = min(count, cycles.normals) if cfg.predictor_negatives == "labelled+normal" else 0
     episodes = pool.image.shape[0]
     images = jnp.concatenate([pool.image[:, cycles.normals :], pool.image[:, :normals]], axis=1)
-    images = _inside(images, margin(cfg))
-    profiles = shape_of(jax.vmap(lambda snapshots, x: profile(cfg, snapshots, x))(cycles.cycle.snapshots, images))
+    channels = channels_of(cfg, pool)
+    images = _inside(images, margin(cfg), channels * margin(cfg))
+    images = images.reshape(*images.shape[:3], -1, channels)
+    with rows_over(1):  # as in `run_cycles`
+        profiles = jax.vmap(lambda snapshots, x: profile(cfg, snapshots, x))(cycles.cycle.snapshots, images)
+    profiles = shape_of(profiles)
     known = state.labelled.mask[rows].astype(jnp.float32)
     known = jnp.concatenate([known, jnp.zeros((normals, *known.shape[1:]))])
     masks = jnp.broadcast_to(known, (episodes, *known.shape))

@@ -35,24 +35,42 @@ def move(centre: Array, action: Array, *, step: int, first: np.ndarray, last: np
     return jnp.clip(centre + step * jnp.asarray(MOVES)[action], first, last)
 
 
-def crop(images: Array, image: Array, centre: Array, *, size: int, grid: int = 1) -> Array:
-    """Squares around centres, cut out of the walkers' pictures.
+def crop(maps: Array, image: Array, centre: Array, *, size: int) -> Array:
+    """Squares around centres, cut out of maps of the walkers' pictures that have a number a cell.
 
     Args:
-      images: (N, H, W, ...) with `grid` entries a cell along H and W.
+      maps: (N, H, W).
       image: (W,) int32 row of each walker's picture.
       centre: (W, 2) int32, in cells.
       size: cells a side, even.
-      grid: entries a cell.
 
     Returns:
-      (W, size * grid, size * grid, ...).
+      (W, size, size).
     """
-    side, rest = size * grid, images.shape[3:]
+    return crop_pixels(maps, image, centre, size=size, grid=1, channels=1)[..., 0]
+
+
+def crop_pixels(images: Array, image: Array, centre: Array, *, size: int, grid: int, channels: int) -> Array:
+    """Squares around centres, cut out of the walkers' pictures.
+
+    Args:
+      images: (N, H, W * channels) with `grid` pixels a cell along H and W: a pixel's channels side by side, since TPUs
+        would fill up an axis of 3 to 128.
+      image: (W,) int32 row of each walker's picture.
+      centre: (W, 2) int32, in cells.
+      size: cells a side, even.
+      grid: pixels a cell.
+      channels: of a pixel.
+
+    Returns:
+      (W, size * grid, size * grid, channels).
+    """
+    side = size * grid
 
     def one(image, centre):
-        start = (centre - size // 2) * grid
-        return lax.dynamic_slice(images, (image, *start, *(0,) * len(rest)), (1, side, side, *rest))[0]
+        row, column = (centre[0] - size // 2) * grid, (centre[1] - size // 2) * grid * channels
+        found = lax.dynamic_slice(images, (image, row, column), (1, side, side * channels))
+        return found.reshape(side, side, channels)
 
     return jax.vmap(one)(image, centre)
 

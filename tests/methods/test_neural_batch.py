@@ -203,7 +203,7 @@ def test_profiles_are_the_errors_after_the_last_steps_oldest_first():
     def profile_of(steps, length, stride=1):
         fields = {"ae_steps": steps, "profile_length": length, "profile_stride": stride, "sampler": "random"}
         cfg = dataclasses.replace(state.cfg, **fields)
-        pool = Pool(images[:3], jnp.ones((3, 4, 4)), jnp.zeros((3, 4, 4)))
+        pool = Pool(images[:3].reshape(3, 8, -1), jnp.ones((3, 4, 4)), jnp.zeros((3, 4, 4)))
         numbers = method.draw_numbers(jax.random.key(5), dataclasses.replace(cfg, ae_steps=5))
         numbers = numbers._replace(moves=numbers.moves[:steps])
         cut = pytest.MonkeyPatch()
@@ -243,7 +243,7 @@ def test_patches_reach_the_border_of_a_picture_with_a_margin():
         cfg = config(reach=reach)
         pool = jax.tree.map(lambda leaf: leaf[0], method._pool_of(cfg, images, jnp.zeros((1, 1, 8, 12))))
         _, centre = method._arrive(cfg, pool, 1, jnp.float32(0), drawn)
-        corners = method.walkers.crop(pool.image, jnp.zeros(len(centre), int), centre, size=2, grid=2)[..., 0]
+        corners = method._cut(cfg, pool, jnp.zeros(len(centre), int), centre, 4)[..., 0]
         around = 2 if reach == "crop" else 0
         assert corners.min() == around * 13 and corners.max() == 8 * 12 - 1 - around * 13
         assert len(set(map(tuple, np.asarray(centre)))) == (cells[0] - 1) * (cells[1] - 1)
@@ -272,7 +272,7 @@ def test_the_balance_is_that_of_the_labelled_pixels():
 def test_coverage_is_paid_by_visits_before():
     """-0.5 for a patch never seen, -sigmoid(1) after one visit, -sigmoid(2) after two: one picture, one place."""
     cfg = config(sampler="random", walkers=1, ae_batch=1, ae_steps=3, profile_length=1)
-    pool = Pool(jnp.zeros((1, 8, 8, 3)), jnp.full((1, 4, 4), 1e-4), jnp.ones((1, 4, 4)))
+    pool = Pool(jnp.zeros((1, 8, 8 * 3)), jnp.full((1, 4, 4), 1e-4), jnp.ones((1, 4, 4)))
     run = jax.jit(lambda key: method.cycle(key, cfg, None, pool, 1, jnp.float32(0)))
     found = run(jax.random.key(0))
     np.testing.assert_allclose(found.rollout.cover.ravel(), [-0.5, -0.731059, -0.880797], rtol=1e-5)
@@ -345,11 +345,11 @@ def test_the_gradient_from_stored_observations_is_that_of_the_rollout():
     state, images = prepared()
     cfg = state.cfg
     share = jnp.float32(0.5)
-    pool = Pool(images[:3], jnp.ones((3, 4, 4)), jnp.zeros((3, 4, 4)))
+    pool = Pool(images[:3].reshape(3, 8, -1), jnp.ones((3, 4, 4)), jnp.zeros((3, 4, 4)))
     key = jax.random.key(9)
     found = jax.jit(lambda s: method.cycle(key, s.cfg, s.params["policy"], pool, 2, share))(state).rollout
     flat = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[3:]), found)
-    seen = method.observe(cfg, pool.image, flat.image, flat.centre, flat.error, flat.visits)
+    seen = method.observe(cfg, pool, flat.image, flat.centre, flat.error, flat.visits)
     logits = method.policy_of(cfg).apply({"params": state.params["policy"]}, seen)
     drawn = method.draw_numbers(jax.random.split(key)[1], cfg).moves.reshape(-1, 13)
     np.testing.assert_array_equal(jnp.argmax(logits - jnp.log(-jnp.log(drawn[:, :9])), axis=-1), flat.action)
@@ -360,7 +360,7 @@ def test_the_gradient_from_stored_observations_is_that_of_the_rollout():
 def test_every_step_takes_as_many_patches_whatever_the_walkers(walkers):
     state, images = prepared()
     cfg = dataclasses.replace(state.cfg, walkers=walkers, sampler="random")
-    pool = Pool(images[:3], jnp.ones((3, 4, 4)), jnp.zeros((3, 4, 4)))
+    pool = Pool(images[:3].reshape(3, 8, -1), jnp.ones((3, 4, 4)), jnp.zeros((3, 4, 4)))
     run = jax.jit(lambda key: method.cycle(key, cfg, None, pool, 3, jnp.float32(0)))
     found = run(jax.random.key(0))
     assert found.rollout.action.shape == (4, 4 // walkers, walkers) and bool(jnp.isfinite(found.loss))
@@ -370,7 +370,7 @@ def test_every_step_takes_as_many_patches_whatever_the_walkers(walkers):
 
 def test_walkers_arrive_everywhere_and_at_labelled_pictures_in_their_share():
     cfg = config()
-    pool = Pool(jnp.zeros((5, 12, 8, 3)), jnp.zeros((5, 6, 4)), jnp.zeros((5, 6, 4)))
+    pool = Pool(jnp.zeros((5, 12, 8 * 3)), jnp.zeros((5, 6, 4)), jnp.zeros((5, 6, 4)))
     drawn = jax.random.uniform(jax.random.key(0), (4000, 4))
     image, centre = method._arrive(cfg, pool, 3, jnp.float32(0.25), drawn)
     shares = np.bincount(image, minlength=5) / 4000

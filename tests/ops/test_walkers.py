@@ -32,11 +32,15 @@ def test_centres_stay_where_their_crop_lies_inside():
     assert (list(first), list(last)) == ([2, 2], [2, 4])
 
 
-@pytest.mark.parametrize(("grid", "rest"), [(1, ()), (4, (3,))])
-def test_crops_are_cut_around_centres(grid, rest):
-    images = NUMBERS.random((3, 8 * grid, 10 * grid, *rest)).astype(np.float32)
+@pytest.mark.parametrize(("grid", "channels"), [(1, None), (4, 3)])
+def test_crops_are_cut_around_centres(grid, channels):
+    images = NUMBERS.random((3, 8 * grid, 10 * grid, *([channels] if channels else []))).astype(np.float32)
     image, centre = np.array([2, 0, 2, 1]), np.array([[2, 2], [6, 8], [4, 5], [3, 7]])
-    found = jax.jit(walkers.crop, static_argnames=("size", "grid"))(images, image, centre, size=4, grid=grid)
+    if channels is None:
+        found = jax.jit(lambda maps: walkers.crop(maps, image, centre, size=4))(images)
+    else:
+        cut = jax.jit(lambda flat: walkers.crop_pixels(flat, image, centre, size=4, grid=grid, channels=channels))
+        found = cut(images.reshape(3, 8 * grid, -1))
     for one, i, (y, x) in zip(found, image, centre, strict=True):
         expected = images[i, (y - 2) * grid : (y + 2) * grid, (x - 2) * grid : (x + 2) * grid]
         np.testing.assert_array_equal(one, expected)
