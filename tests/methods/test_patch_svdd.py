@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from batches import batch_of
 
-from jaxad import metrics, runs, score, settings, train
+from jaxad import metrics, runs, score, settings, shard, train
 from jaxad.console import Console
 from jaxad.core import Batch, Source, Spec, as_arrays, take
 from jaxad.data.arrays import from_arrays
@@ -604,3 +605,14 @@ def test_training_finds_pasted_defects_that_an_untrained_encoder_finds_less_well
         )
         assert all(np.isfinite(values).all() for phase in log.values() for values in phase.values())
     assert found[500][0] > 0.9 and found[500][0] > found[0][0], found
+
+
+def test_devices_that_share_a_batch_exchange_gradients_only():
+    """No patch, no random number and no embedding leaves the device of its picture."""
+    cfg = method.PatchSVDDConfig(widths=(4, 4, 4), features=4, hidden=8, batch_size=8, steps=3)
+    mesh, pictures = shard.data_mesh(jax.devices()[:4]), jnp.zeros((8, 40, 40, 3))
+    key = jax.random.key(0)
+    state = train.init(method.METHOD, key, cfg, Spec((40, 40, 3), {"train": 8}))
+    arguments = shard.replicate((key, state), mesh), jax.device_put(batch_of(pictures), shard.split(mesh))
+    step = jax.jit(lambda own, batch: method.train_step(*own, batch)[0].params)
+    assert set(shard.collectives(step.lower(*arguments).compile())) == {"all-reduce"}
