@@ -24,6 +24,7 @@ def bench(
     score: bool = False,
     peer: bool = False,
     rounds: int = 8,
+    tolerance: float | None = None,
     json_file: str | None = None,
     compare: str | None = None,
     quiet: bool = False,
@@ -39,6 +40,7 @@ def bench(
       train, score: what to measure; both if neither is given.
       peer: race against the PyTorch versions in benchmarks/peers.
       rounds: of every case; each gives one ratio.
+      tolerance: largest difference to the slow reference that is believed; that of device and dtype if None.
       json_file: file for the record.
       compare: file of an older record; changes are printed.
       quiet: print nothing.
@@ -63,10 +65,15 @@ def bench(
     batches, dtypes = _batches(batch), _dtypes(dtype)
     if rounds < 1:
         raise ValueError(f"--rounds {rounds}; expected at least 1. Pass --rounds 8.")
+    if tolerance is not None and not 0 < tolerance < 1:
+        raise ValueError(
+            f"--tolerance {tolerance}; expected a share of the reference's largest magnitude between 0 and 1. "
+            "Pass --tolerance 1e-2."
+        )
     size = parse_size(image_size)
     others = rivals(console.say, names) if peer else None
     wanted = [
-        set_up(methods.get(name), preset=preset, image_size=size, batch=b, dtype=d)
+        set_up(methods.get(name), preset=preset, image_size=size, batch=b, dtype=d, tolerance=tolerance)
         for name in names
         for d in dtypes
         for b in batches
@@ -138,6 +145,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--score", action="store_true", help="scoring only, unless --train is given too")
     parser.add_argument("--peer", action="store_true", help="race against the PyTorch versions in benchmarks/peers")
     parser.add_argument("--rounds", type=int, default=8, help="of every case; each gives one ratio")
+    parser.add_argument("--tolerance", type=float, help="largest difference to the slow reference, of its magnitude")
     parser.add_argument("--json", dest="json_file", metavar="FILE", help="write the record")
     parser.add_argument("--compare", metavar="OLD.json", help="print what changed; exit status 1 if jaxad is slower")
     parser.add_argument("--quiet", action="store_true", help="print nothing")

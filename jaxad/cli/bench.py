@@ -24,6 +24,7 @@ def bench(
     score: Flag = False,
     peer: Flag = False,
     rounds: int = 8,
+    tolerance: float | None = None,
     json: Annotated[str | None, tyro.conf.arg(metavar="FILE")] = None,
     compare: Annotated[str | None, tyro.conf.arg(metavar="OLD.json")] = None,
     quiet: Flag = False,
@@ -40,6 +41,8 @@ def bench(
       score: scoring only, unless --train is given too.
       peer: race against the PyTorch versions in benchmarks/peers of a checkout.
       rounds: of every case; each gives one ratio.
+      tolerance: largest difference to the slow reference that is believed, of its largest magnitude; that of device
+        and dtype if not given. A step that is a training run itself needs more, since it amplifies rounding.
       json: file for the record.
       compare: an older record; prints what changed and exits with 1 if jaxad is slower by more than the noise.
       quiet: print nothing.
@@ -54,6 +57,7 @@ def bench(
         score=score,
         peer=peer,
         rounds=rounds,
+        tolerance=tolerance,
         json_file=json,
         compare=compare,
         quiet=quiet,

@@ -17,6 +17,7 @@ METHODS = {
     "ognet": "jaxad.methods.ognet",
     "patch_svdd": "jaxad.methods.patch_svdd",
     "smai": "jaxad.methods.smai",
+    "synthcp": "jaxad.methods.synthcp",
     "uninformed_students": "jaxad.methods.uninformed_students",
 }
 

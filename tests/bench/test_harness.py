@@ -341,6 +341,12 @@ def test_fields_of_the_record(tiny):
     assert record["cases"][1]["contenders"][0]["metrics_seconds"] > 0
 
 
+def test_the_tolerance_is_the_users():
+    """Nothing is this exact: the run is refused, and says what was allowed."""
+    with pytest.raises(race.BenchmarkError, match="expected at most 1e-12"):
+        entrance.bench("memae", preset="tiny", batch="2", rounds=1, train=True, tolerance=1e-12, quiet=True)
+
+
 def test_a_failing_case_leaves_the_others(tmp_path):
     """An error in the middle of a long list: what was measured before is in the file."""
     waiting = Contender("waiting", run=lambda x: time.sleep(0.002) or {"y": x})
@@ -400,6 +406,7 @@ def test_the_exit_status_tells_of_a_regression(tiny, tmp_path, monkeypatch, caps
         (["memae", "--compare", "/nowhere.json"], "--compare '/nowhere.json' cannot be read"),
         (["memae", "--image-size", "a"], "--image-size 'a'; expected pixels a side"),
         (["memae", "--rounds", "0"], "--rounds 0; expected at least 1"),
+        (["memae", "--tolerance", "2"], "--tolerance 2.0; expected a share"),
     ],
 )
 def test_errors_are_one_line(arguments, message, capsys):
