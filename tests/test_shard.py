@@ -30,7 +30,7 @@ USUAL = (1e-5, 1e-3, 1e-3)
 # The Neural Batch Sampler's first gradient comes after a hundred steps of Adam of the autoencoders that it sees.
 # OGNet's preset ends with 300 updates at 1e-3.
 # SynthCP's L1 and leaky ReLU have kinks: on one device, too, weights moved by 1e-6 of their size move the gradient by
-# 1e-6 of its largest entry or by 1e-3. Here an entry is at a kink; of six starts a little beside this one, eight devices
+# 1e-6 of its largest entry or by 1e-3. Here an entry is at a kink; of six starts a little beside this one eight devices
 # agree with one to 1e-6 from five. Its preset's discriminator takes ten signed steps of 2e-3 (Adam, first beta 0).
 TOLERANCES = {
     "gradcon": (1e-5, 1e-5, 1e-5),
