@@ -115,7 +115,7 @@ def fit_colours(key, cfg, sources, spec):
         pictures = jnp.concatenate([jnp.broadcast_to(images, (cfg.episodes, *images.shape)), others], axis=1)
         known = jnp.broadcast_to(masks, (cfg.episodes, *masks.shape))
         marks = jnp.concatenate([known, jnp.zeros((cfg.episodes, *masks.shape))], axis=1)
-        return neural_batch.fit_predictor(key_fit, state, pictures, marks)[0]
+        return neural_batch.fit_predictor(key_fit, state, jnp.moveaxis(pictures, -1, 2), marks)[0]
 
     state = state._replace(cfg=as_arrays(state.cfg))
     for t in range(cfg.steps):
@@ -125,7 +125,7 @@ def fit_colours(key, cfg, sources, spec):
 
 def score_colours(state, images):
     """Scores pictures by their colours."""
-    maps = jax.nn.sigmoid(neural_batch.classify(state, images))
+    maps = jax.nn.sigmoid(neural_batch.classify(state, jnp.moveaxis(images, -1, 1)))
     return Scores(image=maps.max(axis=(1, 2)), map=maps)
 
 

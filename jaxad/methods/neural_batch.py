@@ -63,6 +63,8 @@ from jaxad.ops.policy_gradient import entropy_of, leave_one_out, policy_loss, re
 _ACTIONS = len(walkers.MOVES)
 _MOMENTUM = 0.9  # of the predictor's running statistics
 _TILES = 64  # of each autoencoder, seen at a time
+_PIXELS = 2**21  # that the predictor judges at a time: 32 pictures of 256x256
+_LANES = 128  # of an array's last axis on TPUs
 _FLOOR = 0.01  # of errors, before their logarithm
 _TOP = 1000  # "top" is the mean of one pixel in so many
 
@@ -78,13 +80,13 @@ class Labelled(NamedTuple):
 
 
 class Weights(NamedTuple):
-    """An autoencoder as two vectors: a step of Adam is then one operation, whatever the number of layers.
+    """An autoencoder as two arrays: a step of Adam is then one operation, whatever the number of layers.
 
     Snapshots after the last T steps of a cycle are (T, ...), oldest first; a state has those of all `eval_cycles`.
     """
 
-    params: Array  # (P,)
-    batch_stats: Array  # (Q,) of the last patches
+    params: Array  # (P, 128), leaf by leaf, each filled up to whole rows
+    batch_stats: Array  # (Q, 128), likewise; of the last patches
 
 
 class NeuralBatchState(NamedTuple):
@@ -161,8 +163,9 @@ def init(key: Array, cfg: NeuralBatchConfig, spec: Spec) -> NeuralBatchState:
         empty = jnp.zeros((rows, height, width, channels), jnp.uint8), jnp.zeros((rows, height, width), jnp.uint8)
         share = rows / (rows + spec.sizes["train"]) if cfg.pool == "all" else 0.0
         labelled = Labelled(*empty, jnp.float32(0), jnp.float32(0), jnp.float32(share))
-    sizes = jax.tree.map(lambda leaf: leaf.size, jax.eval_shape(lambda: fresh_weights(keys[0], cfg, channels)))
-    snapshots = Weights(*(jnp.zeros((cfg.eval_cycles, cfg.profile_length, size)) for size in sizes))
+    fresh = jax.eval_shape(lambda: fresh_weights(keys[0], cfg, channels))
+    kept = (cfg.eval_cycles, cfg.profile_length)
+    snapshots = jax.tree.map(lambda leaf: jnp.zeros((*kept, *leaf.shape)), fresh)
     params = {"policy": policy, "predictor": predictor["params"]}
     return NeuralBatchState(
         cfg=cfg,
@@ -196,14 +199,22 @@ def variables_of(cfg: NeuralBatchConfig, weights: Weights, channels: int) -> dic
 
 
 def _join(tree: Any) -> Array:
-    return jnp.concatenate([leaf.ravel() for leaf in jax.tree.leaves(tree)])
+    """All leaves in one array (rows, 128), each filled up with zeros to whole rows.
+
+    One array, since an operation for each leaf costs more than the work where networks are small. Rows of 128, since
+    the TPU compiler laid a stack of long vectors out along the stack, and filled that axis up to 128.
+    """
+    rows = [leaf.ravel() for leaf in jax.tree.leaves(tree)]
+    rows = [jnp.pad(leaf, (0, -leaf.size % _LANES)).reshape(-1, _LANES) for leaf in rows]
+    return jnp.concatenate(rows)
 
 
-def _part(vector: Array, shapes: Any) -> Any:
+def _part(joined: Array, shapes: Any) -> Any:
     """The inverse of `_join`."""
     leaves, structure = jax.tree.flatten(shapes)
-    ends = list(itertools.accumulate(leaf.size for leaf in leaves))
-    cut = [vector[end - leaf.size : end].reshape(leaf.shape) for end, leaf in zip(ends, leaves, strict=True)]
+    rows = [-(-leaf.size // _LANES) for leaf in leaves]
+    parts = jnp.split(joined, list(itertools.accumulate(rows))[:-1])
+    cut = [part.ravel()[: leaf.size].reshape(leaf.shape) for part, leaf in zip(parts, leaves, strict=True)]
     return jax.tree.unflatten(structure, cut)
 
 
@@ -253,22 +264,27 @@ def _tiled(cfg: NeuralBatchConfig, variables: Any, images: Array, shift: tuple[i
     around = [(s, -(n + s) % side) for n, s in zip((height, width), shift, strict=True)]
     padded = jnp.pad(images, [(0, 0), *around, (0, 0)], mode="edge") if any(map(any, around)) else images
     rows, columns = (n // side for n in padded.shape[1:3])
-    tiles = padded.reshape(-1, rows, side, columns, side, channels).swapaxes(2, 3).reshape(-1, side, side, channels)
 
-    def error(tiles):
+    def error(folded):
+        tiles = folded.reshape(-1, rows, side, columns, side, channels).swapaxes(2, 3)
+        tiles = tiles.reshape(-1, side, side, channels)
         rebuilt = autoencoder_of(cfg, impl=impl).apply(variables, tiles, train=False)
-        return jnp.abs(tiles - rebuilt).mean(axis=-1)
+        found = jnp.abs(tiles - rebuilt).mean(axis=-1).reshape(-1, rows, columns, side, side)
+        return found.swapaxes(2, 3).reshape(-1, rows * side, columns * side)
 
-    found = map_blocks(error, tiles, rows=_TILES * devices_of_rows())
-    found = found.reshape(-1, rows, columns, side, side).swapaxes(2, 3).reshape(-1, rows * side, columns * side)
+    folded = padded.reshape(*padded.shape[:2], -1)  # as in `Pool`: TPUs fill an axis of three up to 128
+    found = map_blocks(error, folded, rows=max(1, _TILES // (rows * columns)) * devices_of_rows())
     return found[:, shift[0] : shift[0] + height, shift[1] : shift[1] + width]
 
 
 def profile(cfg: NeuralBatchConfig, snapshots: Weights, images: Array, *, impl: str = "gemm") -> Array:
-    """Loss profiles: the error of each pixel under T snapshots, oldest first. (B, H, W, C) -> (B, H, W, T)."""
+    """Loss profiles: the error of each pixel under T snapshots, oldest first. (B, H, W, C) -> (B, T, H, W).
+
+    Profiles are kept with pixels last: TPUs fill a last axis up to 128, which for T = 10 takes 13 times the memory.
+    """
     with lowering_for(looped=True):
         maps = lax.map(lambda snapshot: loss_map(cfg, snapshot, images, impl=impl), snapshots)
-    return jnp.moveaxis(maps, 0, -1)
+    return jnp.moveaxis(maps, 0, 1)
 
 
 def shape_of(profiles: Array) -> Array:
@@ -278,15 +294,15 @@ def shape_of(profiles: Array) -> Array:
     anything but their level; cosines, each standardised by the network, put what differs beside it.
 
     Args:
-      profiles: (..., T).
+      profiles: (..., T, H, W).
 
     Returns:
-      (..., T), the orthonormal discrete cosine transform of log(error + 0.01).
+      (..., T, H, W), the orthonormal discrete cosine transform of log(error + 0.01).
     """
-    length = profiles.shape[-1]
+    length = profiles.shape[-3]
     times, waves = np.arange(length) + 0.5, np.arange(length)
     basis = np.cos(np.pi / length * times[:, None] * waves) * np.sqrt(np.where(waves, 2, 1) / length)
-    return jnp.log(profiles + _FLOOR) @ jnp.asarray(basis, jnp.float32)
+    return jnp.einsum("...thw,ts->...shw", jnp.log(profiles + _FLOOR), jnp.asarray(basis, jnp.float32))
 
 
 # --- a cycle ------------------------------------------------------------------------------------------------------
@@ -496,11 +512,16 @@ def balance(state: NeuralBatchState) -> Array:
 
 
 def classify(state: NeuralBatchState, profiles: Array) -> Array:
-    """Logits of pixels by the predictor as it stands, from what `shape_of` gives. (B, H, W, T) -> (B, H, W)."""
+    """Logits of pixels by the predictor as it stands, from what `shape_of` gives. (B, T, H, W) -> (B, H, W)."""
     steps = state.updates * state.cfg.predictor_steps
     batch_stats = corrected(state.batch_stats, starts_of(state.batch_stats), steps)
     variables = {"params": state.params["predictor"], "batch_stats": batch_stats}
-    return predictor_of(state.cfg).apply(variables, profiles, train=False)
+
+    def judge(block):
+        return predictor_of(state.cfg).apply(variables, jnp.moveaxis(block, 1, -1), train=False)
+
+    rows = max(1, _PIXELS // math.prod(profiles.shape[2:]))
+    return map_blocks(judge, profiles, rows=rows * devices_of_rows())
 
 
 def fit_predictor(key: Array, state: NeuralBatchState, profiles: Array, masks: Array):
@@ -509,14 +530,14 @@ def fit_predictor(key: Array, state: NeuralBatchState, profiles: Array, masks: A
     Args:
       key: of the choice of profiles.
       state: the detector.
-      profiles: (E, N, H, W, T); a step takes some of each episode, so that none has to move between devices.
+      profiles: (E, N, T, H, W); a step takes some of each episode, so that none has to move between devices.
       masks: (E, N, H, W).
 
     Returns:
       (state, mean loss).
     """
     cfg, alpha = state.cfg, balance(state)
-    square = profiles.shape[2] == profiles.shape[3]
+    square = profiles.shape[3] == profiles.shape[4]
     drawn = jax.random.uniform(key, (cfg.predictor_steps, profiles.shape[0], cfg.predictor_batch, 4))
 
     def loss_of(params, batch_stats, x, y):
@@ -530,7 +551,7 @@ def fit_predictor(key: Array, state: NeuralBatchState, profiles: Array, masks: A
         picked = jax.vmap(lambda a, r: a[r])(profiles, rows), jax.vmap(lambda a, r: a[r])(masks, rows)
         x, y = (a.reshape(-1, *a.shape[2:]) for a in picked)
         turns = numbers[..., 1:].reshape(-1, 3) < 0.5
-        x, y = _turn(x, turns, square), _turn(y[..., None], turns, square)[..., 0]
+        x, y = _turn(jnp.moveaxis(x, 1, -1), turns, square), _turn(y[..., None], turns, square)[..., 0]
         (loss, batch_stats), grads = jax.value_and_grad(loss_of, has_aux=True)(params, batch_stats, x, y)
         updates, optimizer = optax.scale_by_adam().update(grads, optimizer)
         params = jax.tree.map(lambda p, u: p - cfg.predictor_learning_rate * u, params, updates)
@@ -665,7 +686,7 @@ def sampler_step(key: Array, state: NeuralBatchState, batch: Batch):
 
 
 def _judge(state: NeuralBatchState, cycles: Cycles) -> tuple[Array, Array, Array]:
-    """Shapes of the profiles of labelled and of as many normal pictures (E, N, H, W, T), their masks, and the reward
+    """Shapes of the profiles of labelled and of as many normal pictures (E, N, T, H, W), their masks, and the reward
     (E,): minus the predictor's loss on the labelled ones, before it has seen these profiles."""
     cfg, pool, rows = state.cfg, cycles.pool, cycles.rows
     assert state.labelled is not None and rows is not None
@@ -722,11 +743,11 @@ def score(state: NeuralBatchState, images: Array) -> Scores:
     cfg = state.cfg
 
     profiles = lax.map(lambda snapshots: profile(cfg, snapshots, images, impl=cfg.conv_impl), state.snapshots)
-    maps = profiles.mean(axis=(0, -1))
+    maps = profiles.mean(axis=(0, 2))
     if cfg.predictor == "learned":
         shapes = shape_of(profiles).reshape(-1, *profiles.shape[2:])
         logits = classify(state, shapes)  # not in the loop: faster on CPU
-        maps = jax.nn.sigmoid(logits).reshape(profiles.shape[:-1]).mean(axis=0)
+        maps = jax.nn.sigmoid(logits).reshape(len(profiles), *maps.shape).mean(axis=0)
     flat = maps.reshape(maps.shape[0], -1)
     if cfg.image_score == "max":
         return Scores(image=flat.max(axis=1), map=maps)
