@@ -26,8 +26,8 @@ What is whose:
     of the user's (`backbone_weights`), not of VGG-19; without, there is none, or multi-scale L1 and SSIM ("l1_ssim").
   * Generator and discriminators are updated from one shared forward pass, where the code runs the generator twice.
   * Ours: the image score, the mean of the highest hundredth of the pixels; the paper has none.
-  * Ours: `compare_features="image"`, SSIM in the place of the features' cosine. The features of a segmenter that learnt
-    from a few pictures, without ImageNet, hold the class and little else: what fools it fools their comparison.
+  * Ours: `compare_features="image"`, SSIM in the place of the features' cosine: it asks nothing of features that a
+    segmenter learnt from few pictures, without ImageNet, but marks coarsely and needs a synthesis that is right.
   * Nothing here reproduces the paper's figures: its data sets are not at hand. What it reaches on drawn scenes and on
     bottle is in benchmarks/ACCURACY.md.
 """

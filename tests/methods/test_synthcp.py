@@ -436,47 +436,24 @@ def test_given_labels_need_masks_in_training():
 # --- learning -----------------------------------------------------------------------------------------------------
 
 
-COLOURS = [
-    [0.5, 0.5, 0.5],
-    [0.75, 0.2, 0.2],
-    [0.2, 0.25, 0.75],
-    [0.15, 0.55, 0.2],
-    [0.85, 0.75, 0.2],
-    [0.55, 0.8, 0.85],
-]
-Y, X = np.mgrid[:32, :32]
-UNSEEN = [  # looks of no class: yellow and red stripes, bright green, white, black, magenta, small squares
-    np.where((X + Y)[..., None] % 6 < 3, [0.95, 0.85, 0.1], [0.9, 0.15, 0.15]),
-    *(np.full((32, 32, 3), c) for c in ([0.1, 0.8, 0.2], [0.95, 0.95, 0.9], [0.05, 0.05, 0.08], [0.9, 0.1, 0.9])),
-    np.repeat(((X // 3 + Y // 3) % 2 * 0.8 + 0.1)[..., None], 3, axis=-1),
-]
-
-
-def outlines(numbers):
-    """A disc, a bar, a square, a lozenge and a ring somewhere in the picture."""
-    size = numbers.uniform(3, 7, 5)
-    down, right = (np.abs(n[None] - numbers.uniform(4, 28, 5)[:, None, None]) for n in (Y, X))
-    far, s = np.hypot(down, right), size[:, None, None]
-    return [
-        far[0] < s[0],
-        (down[1] < 0.6 * s[1]) & (right[1] < 1.3 * s[1]),
-        np.maximum(down[2], right[2]) < 0.9 * s[2],
-        down[3] + right[3] < 1.2 * s[3],
-        (far[4] < s[4]) & (far[4] > 0.4 * s[4]),
-    ]
+SIDE = 32
+Y, X = np.mgrid[:SIDE, :SIDE]
+COLOURS = np.array([[0.05, 0.05, 0.1], [0.95, 0.95, 0.9], [0.85, 0.1, 0.1], [0.1, 0.2, 0.85], [0.9, 0.8, 0.1]])
+GREY, BROWN, TEAL, VIOLET, ORANGE = [0.5] * 3, [0.5, 0.35, 0.2], [0.1, 0.55, 0.55], [0.55, 0.2, 0.6], [0.9, 0.45, 0.1]
+STRIPES = np.where((X + Y)[..., None] % 6 < 3, COLOURS[2], COLOURS[4])
+UNSEEN = [*(np.full((SIDE, SIDE, 3), colour) for colour in (GREY, BROWN, TEAL, VIOLET, ORANGE)), STRIPES]
 
 
 def scenes(count, *, seed, looks=()):
-    """Five shapes, each of its own colour, on grey ground; if `looks` are given they fill, in turn, a triangle.
+    """Fields of five colours, each a class; if `looks` are given they fill, in turn, a triangle of no class.
 
     Returns pictures uint8, classes, and where the triangle is, each with a leading axis of pictures.
     """
     numbers, made = np.random.default_rng(seed), []
     for i in range(count):
-        label, inside = np.zeros((32, 32), np.uint8), outlines(numbers)
-        for k in numbers.permutation(5):
-            label[inside[k]] = 1 + k
-        picture, (row, column) = np.array(COLOURS)[label] * numbers.uniform(0.95, 1.05), numbers.uniform(2, 16, 2)
+        (y, x), kinds = numbers.uniform(0, SIDE, (2, 6, 1, 1)), numbers.integers(0, 5, 6)
+        label = kinds[np.hypot(Y - y, X - x).argmin(axis=0)].astype(np.uint8)
+        picture, (row, column) = COLOURS[label] * numbers.uniform(0.95, 1.05), numbers.uniform(2, SIDE - 16, 2)
         is_odd = (np.abs(Y - row - 7) < 7) & (np.abs(X - column - 7) < (Y - row) / 2 + 1) & bool(looks)
         picture = np.where(is_odd[..., None], looks[i % len(looks)], picture) if looks else picture
         noisy = picture + numbers.normal(0, 0.01, picture.shape)
@@ -486,40 +463,43 @@ def scenes(count, *, seed, looks=()):
 
 @pytest.mark.slow
 def test_an_unseen_shape_is_told_by_comparing_better_than_by_the_segmenters_confidence():
-    """From end to end, by SSIM, which is ours. Of three seeds: 0.854 to 0.885, the confidence 0.656 to 0.710."""
+    """From end to end; a plain grey picture in the place of the synthesis shows what comparing with anything tells.
+
+    Of three seeds: 0.828, 0.902 and 0.840; the confidence 0.756, 0.839 and 0.803; with grey 0.29 to 0.34.
+    """
     cfg = synthcp.SynthCPConfig(
-        num_labels=6,
+        num_labels=5,
         segmenter_blocks=(1, 1, 1, 1),
         segmenter_width=8,
         segmenter_head=16,
         scales=(2.0,),
-        segment_steps=400,
+        segment_steps=500,
         segment_rate=0.05,
         generator_widths=(24, 24, 16),
         upsamplings=2,
         spade_hidden=8,
         discriminator_widths=(8, 16),
         discriminator_scales=1,
-        steps=150,
+        steps=200,
         learning_rate=4e-3,
         discriminator_rate=4e-3,
         batch_size=8,
         conv_impl="conv",
-        compare_features="image",
     )
     images, classes, _ = scenes(96, seed=0)
     data = from_arrays(images, train_classes=classes, holdout=images[:2])
     for progress in train.drive(synthcp.METHOD, jax.random.key(0), cfg, data.to_device().sources, patience=1e9):
         state = progress.state
-    pictures, labels, odd = scenes(36, seed=1, looks=UNSEEN)
+    pictures, labels, odd = scenes(24, seed=1, looks=UNSEEN)
     pictures = jnp.asarray(pictures) / 255.0
     segmented = jax.jit(synthcp.segment)(state, pictures)
     made = jax.jit(synthcp.synthesise, static_argnums=2)(state, segmented.labels, pictures.shape[1:])
 
-    def auroc(**fields):
+    def auroc(made, **fields):
         maps = jax.jit(synthcp.compare)(with_fields(state, **fields), pictures, segmented, made).map
         return metrics.image_metrics(np.asarray(maps).reshape(-1), odd.reshape(-1).astype(int))["auroc"]
 
-    by_confidence, compared = auroc(msp_threshold=-1.0), auroc(gate="none")
-    assert (np.asarray(segmented.labels) == labels)[~odd].mean() > 0.8
-    assert compared > 0.8 and compared > by_confidence + 0.08
+    by_confidence, grey = auroc(made, msp_threshold=-1.0), jnp.full_like(made, 0.5)
+    compared, with_grey = auroc(made, gate="none"), auroc(grey, gate="none")
+    assert (np.asarray(segmented.labels) == labels)[~odd].mean() > 0.9
+    assert compared > 0.78 and compared > by_confidence + 0.02 and compared > with_grey + 0.3
