@@ -23,7 +23,8 @@ from jaxad.methods import synthcp
 def stages(state, images):
     """Each stage as (function, its arguments on the device, what of its output is compared)."""
     shape = images.shape[1:]
-    segmented = jax.jit(synthcp.segment)(state, images)
+    # Through a function of its own: jit knows the others, and their compilation is timed later.
+    segmented = jax.jit(lambda s, x: synthcp.segment(s, x))(state, images)
     made = jax.jit(lambda s, labels: synthcp.synthesise(s, labels, shape))(state, segmented.labels)
     return {
         "segment": (synthcp.segment, (state, images), lambda out: {"confidence": out.confidence}),
