@@ -276,11 +276,11 @@ def make(state, spec, *, device: str, wrap) -> Peer:
 
     def losses_of(one_hot, real):
         """(generator's, discriminators'), from one pass of fake and real in one batch."""
-        fake, size = model.generator(one_hot), len(real)
+        fake, size = paint(one_hot), len(real)
         whole = functional.interpolate(one_hot, real.shape[2:], mode="nearest")
         joined = torch.cat([torch.cat([whole, fake], dim=1), torch.cat([whole, real], dim=1)])
         adversarial, matching, verdict = 0.0, 0.0, 0.0
-        for maps in model.discriminators(joined):
+        for maps in judge(joined):
             theirs, ours = maps[-1][:size].float(), maps[-1][size:].float()
             adversarial = adversarial - theirs.mean()
             verdict = verdict + functional.relu(1 - ours).mean() + functional.relu(1 + theirs).mean()
@@ -290,7 +290,8 @@ def make(state, spec, *, device: str, wrap) -> Peer:
         total = adversarial / count + weights[0] * matching / count + weights[1] * apart(fake, real)
         return total, verdict / count
 
-    losses, paint = wrap(losses_of), wrap(model.generator)
+    # Network by network: with the losses in one function, Inductor's backward pass corrupts the heap (torch 2.13, CPU).
+    paint, judge = wrap(model.generator), wrap(model.discriminators)
 
     def step(batch):
         nonlocal done
@@ -298,7 +299,7 @@ def make(state, spec, *, device: str, wrap) -> Peer:
         images = batch.image.float() / 255
         one_hot = one_hot_of(images)
         with precision():
-            total, verdict = losses(one_hot, images * 2 - 1)
+            total, verdict = losses_of(one_hot, images * 2 - 1)
         parts = [[p for p in net.parameters() if p.requires_grad] for net in nets]
         slopes = torch.autograd.grad(total, parts[0], retain_graph=True), torch.autograd.grad(verdict, parts[1])
         decay = min(1.0, 2 * (1 - done / cfg.steps))
