@@ -160,8 +160,10 @@ def make(state, spec, *, device: str, wrap) -> Peer:
     def last(images):
         return np.moveaxis(images.cpu().numpy(), 1, -1)
 
+    fill = wrap(model)  # alone: with the losses in one function, Inductor's backward pass corrupts the heap (2.13, CPU)
+
     def loss_of(images, hidden):
-        filled = model(images * 2 - 1, hidden)
+        filled = fill(images * 2 - 1, hidden)
         count, mine = hidden.sum().clamp(min=1), hidden[:, 0]
         error = (((filled - (images * 2 - 1)) ** 2).mean(dim=1) * mine).sum() / count
         composite = torch.where(hidden > 0, (filled + 1) / 2, images)
@@ -169,7 +171,6 @@ def make(state, spec, *, device: str, wrap) -> Peer:
         gms = ((1 - ms_gms_map(composite, images)) * mine).sum() / count
         return error + weights[0] * ssim + weights[1] * gms
 
-    losses, fill = wrap(loss_of), wrap(model)
     unlike = RESIDUALS[cfg.residual]
 
     def classes_of(labels, grid):
@@ -209,7 +210,7 @@ def make(state, spec, *, device: str, wrap) -> Peer:
         done += 1
         optimizer.zero_grad()
         with precision():
-            loss = losses(images, hidden)
+            loss = loss_of(images, hidden)
         loss.backward()
         optimizer.step()
         return {"loss": loss.detach()}
