@@ -658,12 +658,16 @@ def labels_step(key: Array, state: NeuralBatchState, batch: Batch):
 
 
 def sampler_step(key: Array, state: NeuralBatchState, batch: Batch):
-    """A meta-iteration: E cycles, rewards, one update of the sampler, some of the predictor."""
+    """A meta-iteration: E cycles, rewards, one update of the sampler, some of the predictor.
+
+    A batch larger than `batch_size`, as many devices share one, has more episodes, not more pictures in each.
+    """
     cfg = state.cfg
+    episodes = batch.image.shape[0] // (cfg.batch_size // cfg.episodes)
     key_cycles, key_fit = jax.random.split(key)
-    cycles = run_cycles(key_cycles, state, batch.image, episodes=cfg.episodes)
+    cycles = run_cycles(key_cycles, state, batch.image, episodes=episodes)
     rollout = cycles.cycle.rollout
-    beta, end = jnp.float32(1), jnp.zeros(cfg.episodes)
+    beta, end = jnp.float32(1), jnp.zeros(episodes)
     found = {
         "ae_loss": cycles.cycle.loss.mean(),
         "coverage": cycles.cycle.coverage.mean(),

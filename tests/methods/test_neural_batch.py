@@ -330,6 +330,16 @@ def test_the_sampler_gets_a_gradient_and_changes_its_actions(stepped):
     assert int(again.updates) == 2 and float(more["beta"]) < float(found["beta"]) == 1
 
 
+def test_a_larger_batch_has_more_episodes_not_larger_ones(monkeypatch):
+    state, images = prepared()
+    seen, run = [], method.run_cycles
+    monkeypatch.setattr(method, "run_cycles", lambda *a, episodes: seen.append(episodes) or run(*a, episodes=episodes))
+    for times in (1, 2):
+        batch = batch_of(jnp.tile(images, (times, 1, 1, 1)))
+        jax.eval_shape(method.sampler_step, jax.random.key(0), state, batch)
+    assert seen == [state.cfg.episodes, 2 * state.cfg.episodes]
+
+
 def test_each_loss_moves_its_own_network_only():
     """With nothing to gain the policy stays; the predictor's steps move the predictor."""
     state, images = prepared()
