@@ -336,7 +336,8 @@ def test_a_larger_batch_has_more_episodes_not_larger_ones(monkeypatch):
     monkeypatch.setattr(method, "run_cycles", lambda *a, episodes: seen.append(episodes) or run(*a, episodes=episodes))
     for times in (1, 2):
         batch = batch_of(jnp.tile(images, (times, 1, 1, 1)))
-        jax.eval_shape(method.sampler_step, jax.random.key(0), state, batch)
+        traced_anew = lambda s, b: method.sampler_step(jax.random.key(0), s, b)  # noqa: E731
+        jax.eval_shape(traced_anew, state, batch)
     assert seen == [state.cfg.episodes, 2 * state.cfg.episodes]
 
 
