@@ -520,8 +520,9 @@ def classify(state: NeuralBatchState, profiles: Array) -> Array:
     def judge(block):
         return predictor_of(state.cfg).apply(variables, jnp.moveaxis(block, 1, -1), train=False)
 
-    rows = max(1, _PIXELS // math.prod(profiles.shape[2:]))
-    return map_blocks(judge, profiles, rows=rows * devices_of_rows())
+    rows = max(1, _PIXELS // math.prod(profiles.shape[2:])) * devices_of_rows()
+    with lowering_for(looped=profiles.shape[0] > rows):
+        return map_blocks(judge, profiles, rows=rows)
 
 
 def fit_predictor(key: Array, state: NeuralBatchState, profiles: Array, masks: Array):
@@ -660,7 +661,7 @@ def labels_step(key: Array, state: NeuralBatchState, batch: Batch):
 def sampler_step(key: Array, state: NeuralBatchState, batch: Batch):
     """A meta-iteration: E cycles, rewards, one update of the sampler, some of the predictor.
 
-    A batch larger than `batch_size`, as many devices share one, has more episodes, not more pictures in each.
+    A batch larger than `batch_size` has more episodes, not more pictures in each, so that more devices can share it.
     """
     cfg = state.cfg
     episodes = batch.image.shape[0] // (cfg.batch_size // cfg.episodes)
