@@ -520,9 +520,8 @@ def classify(state: NeuralBatchState, profiles: Array) -> Array:
     def judge(block):
         return predictor_of(state.cfg).apply(variables, jnp.moveaxis(block, 1, -1), train=False)
 
-    rows = max(1, _PIXELS // math.prod(profiles.shape[2:])) * devices_of_rows()
-    with lowering_for(looped=profiles.shape[0] > rows):
-        return map_blocks(judge, profiles, rows=rows)
+    rows = max(1, _PIXELS // math.prod(profiles.shape[2:]))
+    return map_blocks(judge, profiles, rows=rows * devices_of_rows())
 
 
 def fit_predictor(key: Array, state: NeuralBatchState, profiles: Array, masks: Array):
