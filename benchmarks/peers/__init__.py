@@ -28,6 +28,7 @@ class Peer(NamedTuple):
     ]  # phase name -> (PeerBatch) -> {metric: scalar}, at least the loss; phases may be missing
     reset: Callable  # () -> None; back to the weights of the state, and an optimiser that has seen nothing
     module: Any = None  # the nn.Module that holds the weights
+    parts: Mapping[str, Callable] = {}  # of a step, for a benchmark that times them apart
 
 
 class PeerBatch(NamedTuple):

@@ -11,6 +11,7 @@ variance, as Flax does. Settings that are not here are refused.
 from __future__ import annotations
 
 import math
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -193,6 +194,18 @@ class Policy(nn.Module):
         return self
 
 
+class Cycles(NamedTuple):
+    """What E cycles leave behind: E episodes, N pictures, K moves of W walkers."""
+
+    profiles: Any  # (E, N, T, H, W)
+    masks: Any  # (N, H, W)
+    seen: Any  # (E, K, W, C + 2, 2P, 2P)
+    actions: Any  # (E, K, W)
+    rewards: Any  # (E, K, W) hand-made
+    end: Any  # (E,) reward
+    ae_losses: Any  # (E,) at the last step
+
+
 class Drawn:
     """The random numbers of a step, from jaxad."""
 
@@ -328,27 +341,34 @@ def make(state, spec, *, device: str, wrap) -> Peer:
         profiles = shape_of(torch.stack(maps, dim=1))
         return profiles, torch.stack(seen), torch.stack(actions), torch.stack(rewards), loss.detach()
 
-    def step(batch):
-        episodes, drawn, chosen = draw(done[0])
-        updates, done[0] = done[0], done[0] + 1
+    def run_cycles(batch, episodes, chosen):
+        """E cycles: profiles, their masks, what walkers saw and did, and the rewards at the end."""
         images = batch.image.float() / 255
         normals = len(images) // cfg.episodes
         own = images[: normals * cfg.episodes].reshape(cfg.episodes, normals, *images.shape[1:])
         labelled, masks = known[chosen.tolist()], marks[chosen.tolist()]
         found = [episode(part, labelled, *numbers) for part, numbers in zip(own, episodes, strict=True)]
         profiles, seen, actions, rewards, ae_losses = (torch.stack(parts) for parts in zip(*found, strict=True))
-        with torch.no_grad(), Frozen(predictor, updates * cfg.predictor_steps):
+        with torch.no_grad(), Frozen(predictor, done[0] * cfg.predictor_steps):
             logits = predictor(profiles[:, : len(masks)].flatten(0, 1)).reshape(cfg.episodes, *masks.shape)
         end = -losses(logits, masks).mean(dim=(1, 2, 3))
         masks = torch.cat([masks, masks.new_zeros(profiles.shape[1] - len(masks), *masks.shape[1:])])
-        fitted = fit(profiles, masks, drawn)
+        return Cycles(profiles, masks, seen, actions, rewards, end, ae_losses)
+
+    def step(batch):
+        episodes, drawn, chosen = draw(done[0])
+        found = run_cycles(batch, episodes, chosen)
+        updates, done[0] = done[0], done[0] + 1
+        fitted = fit(found.profiles, found.masks, drawn)
         beta = max(1 - updates / (cfg.shaping * cfg.steps), 0.0)
-        future = (beta * rewards / rewards.shape[1]).flip(1).cumsum(1).flip(1) + ((1 - beta) * end)[:, None, None]
+        made = (beta * found.rewards / found.rewards.shape[1]).flip(1).cumsum(1).flip(1)
+        future = made + ((1 - beta) * found.end)[:, None, None]
         mean = future.mean(dim=2, keepdim=True)
         gains = future - (mean.sum(dim=0) - mean) / (cfg.episodes - 1)
         gains = gains / torch.sqrt((gains**2).mean() + 1e-12)
-        norm = improve(seen.flatten(0, 2), actions.flatten(), gains.flatten())
-        return {"loss": -end.mean(), "ae_loss": ae_losses.mean(), "predictor_loss": fitted, "policy_gradient": norm}
+        norm = improve(found.seen.flatten(0, 2), found.actions.flatten(), gains.flatten())
+        ae_loss = found.ae_losses.mean()
+        return {"loss": -found.end.mean(), "ae_loss": ae_loss, "predictor_loss": fitted, "policy_gradient": norm}
 
     def fit(profiles, masks, drawn):
         predictor.train()
@@ -408,7 +428,9 @@ def make(state, spec, *, device: str, wrap) -> Peer:
 
     snapshots = [[stored(c, t) for t in range(cfg.profile_length)] for c in range(cfg.eval_cycles)]
     reset()
-    return Peer(score=score, steps={"sampler": step}, reset=reset, module=nn.ModuleList([policy, predictor]))
+    parts = {"draw": lambda: draw(0), "cycles": run_cycles, "predictor": fit, "sampler": improve}
+    module = nn.ModuleList([policy, predictor])
+    return Peer(score=score, steps={"sampler": step}, reset=reset, module=module, parts=parts)
 
 
 _SMOOTH = torch.tensor([1.0, 4, 6, 4, 1]) / 16

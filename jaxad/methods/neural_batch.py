@@ -679,7 +679,7 @@ def sampler_step(key: Array, state: NeuralBatchState, batch: Batch):
     fitted = state
     if cfg.predictor == "learned":
         beta = jnp.maximum(1 - state.updates / (cfg.shaping * cfg.steps), 0.0)
-        profiles, masks, end = _judge(state, cycles)
+        profiles, masks, end = judge(state, cycles)
         fitted, loss = fit_predictor(key_fit, state, profiles, masks)
         found |= {"loss": -end.mean(), "predictor_loss": loss, "reward_spread": end.std()}
     if cfg.sampler == "learned":
@@ -689,7 +689,7 @@ def sampler_step(key: Array, state: NeuralBatchState, batch: Batch):
     return fitted._replace(updates=state.updates + 1), found
 
 
-def _judge(state: NeuralBatchState, cycles: Cycles) -> tuple[Array, Array, Array]:
+def judge(state: NeuralBatchState, cycles: Cycles) -> tuple[Array, Array, Array]:
     """Shapes of the profiles of labelled and of as many normal pictures (E, N, T, H, W), their masks, and the reward
     (E,): minus the predictor's loss on the labelled ones, before it has seen these profiles."""
     cfg, pool, rows = state.cfg, cycles.pool, cycles.rows

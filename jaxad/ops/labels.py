@@ -22,7 +22,8 @@ def label_conv(labels: Array, kernel: Array, *, stride: int = 1, padding: int = 
     """The convolution over the one-hot maps of labels, without them: rows of the kernel are looked up and added.
 
     On two cores it takes a fifth of the time of a convolution over one-hot maps (13 labels, 128 outputs, 64x64). The
-    kernel's gradient is one product with the window's comparisons: a scatter into so few rows would serialise.
+    kernel's gradient is one product with the window's comparisons: a scatter into so few rows would serialise. TPUs
+    take that product forwards too: they look rows up one by one, and the compiler keeps every tap's rows at once.
 
     Args:
       labels: (B, H, W) int32; those outside [0, L) count as no label.
@@ -50,6 +51,8 @@ def windows(labels: Array, *, taps: int, stride: int, padding: int) -> Array:
 def _label_conv(seen: Array, kernel: Array) -> Array:
     count, outputs = kernel.shape[-2:]
     taps = seen.shape[-1]
+    if jax.default_backend() == "tpu":
+        return _one_hot(seen, count, kernel.dtype) @ kernel.reshape(-1, outputs)
     rows = jnp.pad(kernel.reshape(taps, count, outputs), ((0, 0), (0, 1), (0, 0)))  # the last row is for no label
     index = jnp.where((seen < 0) | (seen >= count), count, seen)
     # Tap by tap: all in one gather is 50 times slower on CPU, where it is not fused with the sum.
@@ -64,10 +67,15 @@ def _forward(seen, kernel):
 def _backward(saved, grad):
     seen, kernel = saved
     count, outputs = kernel.shape[-2:]
-    columns = (seen[..., None] == jnp.arange(count)).astype(grad.dtype).reshape(-1, seen.shape[-1] * count)
+    columns = _one_hot(seen, count, grad.dtype).reshape(-1, seen.shape[-1] * count)
     by_row = (((0,), (0,)), ((), ()))
     product = lax.dot_general(columns, grad.reshape(-1, outputs), by_row, preferred_element_type=jnp.float32)
     return np.zeros(seen.shape, jax.dtypes.float0), product.reshape(kernel.shape).astype(kernel.dtype)
+
+
+def _one_hot(seen, count, dtype):
+    """(B, h, w, taps) -> (B, h, w, taps * count)."""
+    return (seen[..., None] == jnp.arange(count)).astype(dtype).reshape(*seen.shape[:-1], -1)
 
 
 _label_conv.defvjp(_forward, _backward)

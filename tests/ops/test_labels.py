@@ -41,6 +41,15 @@ def test_a_look_up_is_the_convolution_over_one_hot_maps(taps, stride, padding):
     np.testing.assert_allclose(ours, theirs, atol=1e-4)
 
 
+def test_on_tpus_the_look_up_is_a_product(monkeypatch):
+    """Rows are looked up one by one there. Labels of no class, and places outside, still add nothing."""
+    labels, kernel = drawn((2, 9, 12), 5), jnp.asarray(np.random.default_rng(1).normal(size=(3, 3, 5, 6)), jnp.float32)
+    looked_up = ops.label_conv(labels, kernel)
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    assert "gather" not in str(jax.make_jaxpr(lambda k: ops.label_conv(labels, k))(kernel))
+    np.testing.assert_allclose(ops.label_conv(labels, kernel), looked_up, atol=1e-5)
+
+
 @pytest.mark.parametrize("size", [(3, 4), (6, 8), (12, 16), (5, 9)])
 def test_labels_take_the_nearest_pixel(size):
     labels = drawn((2, 6, 8), 5)
