@@ -20,9 +20,10 @@ What the seconds are made of:
     has the seconds of a copy. 2 V (n - 1) / n bytes over the links that a chip has in its slice, and a latency per
     hop; nothing is assumed to overlap. See `Chip`.
 
-Exits with 1 and the reasons if a program does not compile, does not fit, exchanges something of the batch's size, or
-if its step takes 15 % longer on 256 chips than on 4. Results are kept in a JSON file; a program that did not change
-since (same StableHLO, same compiler) is not compiled again.
+Exits with 1 and the reasons if a program does not compile, does not fit, exchanges something of the batch's size (but
+for what happens once in a training, where as much as the detector may move), or if its step takes 15 % longer on 256
+chips than on 4. Results are kept in a JSON file; a program that did not change since (same StableHLO, same compiler) is
+not compiled again.
 """
 
 from __future__ import annotations
@@ -89,6 +90,7 @@ class Program(NamedTuple):
     out: Any = None  # sharding of the results
     members: bool = False  # whether networks are vmapped
     once: bool = False  # whether each picture of the source is seen once, to keep something of it
+    single: bool = False  # whether a training has one such step
 
 
 class Task(NamedTuple):
@@ -200,7 +202,8 @@ def method_programs(name: str, kind: str, devices: list, *, preset: str | None, 
             return train.one_step(phase, key, state, source, step, place=shard.over_data(mesh))
 
         arguments = tuple(placed(part, whole) for part in (key, state, data[phase.source], step))
-        programs.append(Program(f"train {phase.name}", run, arguments, size, state_bytes, (1,), whole, once=once))
+        seldom = {"once": once, "single": phase.steps == 1}
+        programs.append(Program(f"train {phase.name}", run, arguments, size, state_bytes, (1,), whole, **seldom))
     return programs
 
 
@@ -409,6 +412,7 @@ def attempt(program: Program, task: Task, known: Mapping[str, dict] | None = Non
         "samples": program.samples,
         "state_bytes": program.state_bytes,
         "once": program.once,
+        "single": program.single,
     }
     began = time.perf_counter()
     try:
@@ -508,8 +512,9 @@ def faults(row: Mapping[str, Any]) -> list[str]:
         found.append(f"{title(row)}: members of a sweep exchange {row['collectives']}; they should not meet")
     for kind, (_, size) in row["collectives"].items():
         # Gradients and statistics are summed, in pieces that together are about as large as the detector. What it keeps
-        # of each picture, as a bank does, is brought to all chips.
-        is_of_state = kind == "all-reduce" or (kind == "all-gather" and row.get("once"))
+        # of each picture, as a bank does, is brought to all chips. In a training's only step of its kind pictures may
+        # be too: an episode whose chips are more than its walkers cannot be split.
+        is_of_state = kind == "all-reduce" or (kind == "all-gather" and row.get("once")) or row.get("single")
         limit = 2 * row["state_bytes"] + 2**20 if is_of_state else max(SAMPLE_BYTES * row["samples"], 2**16)
         if size > limit:
             found.append(

@@ -130,6 +130,13 @@ def test_what_is_kept_of_each_picture_may_reach_all_chips():
     assert len(tpu.judge([bank | {"collectives": {"all-to-all": [1, 15 << 20]}}])) == 1
 
 
+def test_what_a_training_does_once_may_move_as_much_as_the_detector():
+    step = a_row(collectives={"all-to-all": [3, 15 << 20]}, single=True)
+    assert tpu.judge([step]) == []
+    assert len(tpu.judge([step | {"collectives": {"all-to-all": [3, 25 << 20]}}])) == 1
+    assert len(tpu.judge([step | {"single": False}])) == 1
+
+
 @pytest.mark.parametrize(("chips", "samples"), [(4, 32), (256, 256)])
 def test_a_pass_has_no_more_pictures_at_a_time_than_there_are(monkeypatch, chips, samples):
     """Patch SVDD's bank takes 8 pictures at a time on every chip; there are 400."""

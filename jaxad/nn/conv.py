@@ -37,6 +37,8 @@ IMPLS = ("auto", "conv", "mixed", "gemm")
 _NARROW = 32  # outputs (phases x channels) under which a GEMM of windows loses to XLA-CPU's convolution
 _MIN_COLUMNS = 32  # a product of fewer columns does not pay for its reading
 _FOLDED_CHANNELS, _FOLDED_OUTPUTS = 128, 48  # inputs x outputs, and outputs, up to which XLA-CPU likes pixels folded
+_PAIRED_CHANNELS = 256  # inputs x outputs up to which a product of windows had better make two outputs at a time
+_NARROWING = 4  # times fewer outputs than inputs, from which on multiplying first and adding windows copies less
 _JOINED_COLUMNS = 256  # a product of more columns gains nothing from being joined with another
 
 
@@ -172,12 +174,12 @@ def correlate_transposed(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def _correlate(image: Array, kernel: Array, window: _Window, impl: str) -> Array:
-    return _convolve(image, kernel, window) if impl == "mixed" else _multiply_columns(image, kernel, window)
+    return _convolve(image, kernel, window) if impl == "mixed" else _by_products(image, kernel, window)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def _transpose(image: Array, kernel: Array, window: _Window, impl: str) -> Array:
-    return _spread(image, kernel, window) if impl == "mixed" else _overlap_add(image, kernel, window)
+    return _spread(image, kernel, window) if impl == "mixed" else _spread_by_products(image, kernel, window)
 
 
 def _correlate_forward(image, kernel, window, impl):
@@ -368,9 +370,56 @@ def _columns(padded: Array, window: _Window, first: int) -> Array:
     return jnp.concatenate(parts, axis=-1)
 
 
+def _by_products(image: Array, kernel: Array, window: _Window) -> Array:
+    """A correlation in whichever of three forms copies least on CPU; elsewhere that is not measured."""
+    if target_platform() != "cpu":
+        return _multiply_columns(image, kernel, window)
+    inputs, outputs = kernel.shape[-2:]
+    if inputs >= _NARROWING * outputs and all(stride == 1 for stride in window.strides):
+        return _overlap_add(image, *_turn(kernel, window))
+    multiply = _multiply_pairs if _pairs_pay(kernel.shape, window) else _multiply_columns
+    return multiply(image, kernel, window)
+
+
+def _spread_by_products(image: Array, kernel: Array, window: _Window) -> Array:
+    """The transpose of `_by_products` in the image. At stride 1 it is a correlation itself."""
+    if target_platform() == "cpu" and all(stride == 1 for stride in window.strides):
+        return _by_products(image, *_turn(kernel, window))
+    return _overlap_add(image, kernel, window)
+
+
+def _turn(kernel: Array, window: _Window) -> tuple[Array, _Window]:
+    """The kernel and windows of the correlation of stride 1 that transposes one of stride 1."""
+    axes = zip(window.size, window.counts, window.taps, window.padding, strict=True)
+    padding = tuple((taps - 1 - before, size - count + before) for size, count, taps, (before, _) in axes)
+    turned = jnp.flip(kernel, range(len(padding))).swapaxes(-1, -2)
+    return turned, window._replace(size=window.counts, padding=padding)
+
+
 def _multiply_columns(image: Array, kernel: Array, window: _Window) -> Array:
     columns = _columns(_pad(image, window.padding), window, 0)
     return columns @ kernel.reshape(-1, kernel.shape[-1])
+
+
+def _pairs_pay(shape: Sequence[int], window: _Window) -> bool:
+    """Whether neighbouring outputs along the last axis had better share their columns."""
+    taps, stride, count = window.taps[-1], window.strides[-1], window.counts[-1]
+    return taps == 3 and stride == 1 and count % 2 == 0 and count >= 8 and math.prod(shape[-2:]) <= _PAIRED_CHANNELS
+
+
+def _multiply_pairs(image: Array, kernel: Array, window: _Window) -> Array:
+    """`_multiply_columns`, two outputs along the last axis at a time, which share two of their three taps: for a third
+    more arithmetic two thirds of the columns, whose copying takes the time where channels are few."""
+    (before, _), (inputs, outputs), count = window.padding[-1], kernel.shape[-2:], window.counts[-1]
+    blocks = count // 2 + 1  # of two pixels; a pair of outputs sees two of them
+    padded = _pad(image, [*window.padding[:-1], (before, 2 * blocks - before - image.shape[-2])])
+    padded = padded.reshape(*padded.shape[:-2], blocks, 2 * inputs)
+    size, taps = (*window.size[:-1], blocks), (*window.taps[:-1], 2)
+    columns = _columns(padded, _Window(size, taps, window.strides, (*window.padding[:-1], (0, 0))), 0)
+    around = [(0, 0)] * (kernel.ndim - 3)
+    shifted = [jnp.pad(kernel, [*around, (at, 1 - at), (0, 0), (0, 0)]) for at in (0, 1)]
+    out = columns @ jnp.stack(shifted, axis=-2).reshape(-1, 2 * outputs)
+    return out.reshape(*out.shape[:-2], count, outputs)
 
 
 def _overlap_add(image: Array, kernel: Array, window: _Window) -> Array:
