@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import pathlib
 from collections.abc import Mapping
 from typing import Any, NamedTuple
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +16,7 @@ import numpy as np
 
 from jaxad import checkpoint, export, shard, train
 from jaxad.core import Method, Source, is_static, spec_of, take
+from jaxad.members import Programs
 
 # Scores, not parameters, are compared: where a gradient is zero but for rounding, Adam makes two correct runs differ.
 CLOSE = {"rtol": 5e-3, "atol": 1e-4}
@@ -46,7 +49,9 @@ def images_of(case: Case) -> jax.Array:
     return take(case.data["labelled"], jnp.arange(6))[0]
 
 
-_fit = jax.jit(train.fit, static_argnums=0)
+# Without LLVM's optimisations a run compiles in 0.6 of the time, and these train for a few steps only.
+jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+_fit = jit(train.fit, static_argnums=0)
 
 
 def fit(case: Case, seed: int = 0, **leaves):
@@ -60,7 +65,7 @@ def _arrays(cfg):
 
 
 def scores_of(case: Case, state):
-    return jax.jit(case.method.score)(state, images_of(case))
+    return jit(case.method.score)(state, images_of(case))
 
 
 def scores_after_adapting(case: Case, state):
@@ -71,7 +76,7 @@ def scores_after_adapting(case: Case, state):
         assert _types(adapted) == _types(state), "adapt changes the state's structure"
         return case.method.score(adapted, images)
 
-    return jax.jit(run)(state, images_of(case))
+    return jit(run)(state, images_of(case))
 
 
 def assert_close(a, b, **tolerance):
@@ -106,17 +111,19 @@ def _types(tree):
 
 def check_cuts(case: Case) -> None:
     """A run cut in pieces, in any mode, equals the whole."""
-    whole = scores_of(case, fit(case))
+    whole, run = scores_of(case, fit(case)), (case.method, jax.random.key(0), case.cfg, case.data)
+    programs = Programs()
     for mode, chunk in (("chunks", 2), ("loop", 3)):
-        for progress in train.drive(case.method, jax.random.key(0), case.cfg, case.data, mode=mode, chunk=chunk):
-            state = progress.state
+        with mock.patch.object(jax, "jit", jit):  # see there
+            for progress in train.drive(*run, mode=mode, chunk=chunk, programs=programs):
+                state = progress.state
         assert_close(scores_of(case, state), whole)
 
 
 def check_seeds(case: Case) -> None:
     """vmap over keys equals a loop, and seeds differ."""
     keys = jax.vmap(jax.random.key)(jnp.arange(3))
-    states = jax.jit(jax.vmap(lambda key: train.fit(case.method, key, _arrays(case.cfg), case.data)[0]))(keys)
+    states = jit(jax.vmap(lambda key: train.fit(case.method, key, _arrays(case.cfg), case.data)[0]))(keys)
     singles = [scores_of(case, fit(case, seed)) for seed in range(3)]
     for member, single in enumerate(singles):
         assert_close(scores_of(case, jax.tree.map(lambda leaf, m=member: leaf[m], states)), single)
@@ -133,7 +140,7 @@ def check_leaves(case: Case) -> None:
     values = {name: getattr(case.cfg, name) for name in names}
     members = [{}] + [{name: case.change.get(name, 0.5 * values[name])} for name in names]
     stacked = {name: jnp.float32([m.get(name, values[name]) for m in members]) for name in names}
-    run = jax.jit(
+    run = jit(
         jax.vmap(
             lambda leaves: train.fit(
                 case.method, jax.random.key(0), dataclasses.replace(case.cfg, **leaves), case.data
@@ -171,7 +178,7 @@ def compiles():
 
 def check_recompiles(case: Case, names: tuple[str, ...] = ()) -> None:
     """New values of config leaves (or of the named fields) do not compile anything."""
-    run = jax.jit(lambda key, cfg: train.fit(case.method, key, cfg, case.data)[0])
+    run = jit(lambda key, cfg: train.fit(case.method, key, cfg, case.data)[0])
     key, configs = jax.random.key(0), [_arrays(case.cfg)]
     for name in names or leaves_of(case):
         value = case.change.get(name, 0.5 * getattr(case.cfg, name))
@@ -185,7 +192,7 @@ def check_recompiles(case: Case, names: tuple[str, ...] = ()) -> None:
 
 def check_rows(case: Case) -> None:
     """Row i of a score depends on image i only; scores are finite and have the declared shapes."""
-    state, images, score = fit(case), images_of(case), jax.jit(case.method.score)
+    state, images, score = fit(case), images_of(case), jit(case.method.score)
     scores = score(state, images)
     assert scores.image.shape == images.shape[:1] and scores.map.shape == (images.shape[0], *images.shape[-3:-1])
     assert scores.image.dtype == scores.map.dtype == jnp.float32
@@ -198,19 +205,21 @@ def check_rows(case: Case) -> None:
 def check_passes(case: Case) -> None:
     """A pass gives the same for every batch size, so padding rows count for nothing."""
     key, spec = jax.random.key(0), spec_of(case.data)
-    start = train.init(case.method, key, case.cfg, spec)
+    start = jit(lambda key: train.init(case.method, key, case.cfg, spec))(key)
     for index, phase in enumerate(case.method.phases(case.cfg)):
         if phase.steps is not None:
             continue
         results = []
         for size in (3, 8, len(case.data[phase.source])):
             sized = phase._replace(batch_size=size)
-            source = case.data[phase.source]
-            key_phase = train.phase_key(key, index)
-            state, _ = train.some_steps(
-                sized, key_phase, start, source, jnp.int32(0), train.num_steps(sized, len(source))
-            )
-            results.append(train.finish(sized, key_phase, state))
+            source, key_phase = case.data[phase.source], train.phase_key(key, index)
+            count = train.num_steps(sized, len(source))
+
+            def run(state, phase=sized, key=key_phase, source=source, count=count):
+                state, _ = train.some_steps(phase, key, state, source, jnp.int32(0), count)
+                return train.finish(phase, key, state)
+
+            results.append(jit(run)(start))
         assert_close(results[1], results[0], rtol=1e-4, atol=1e-5)
         assert_close(results[2], results[0], rtol=1e-4, atol=1e-5)
 
@@ -219,7 +228,7 @@ def check_sharded(case: Case) -> None:
     """Batches split over 4 devices train the same detector as one device."""
     mesh = shard.data_mesh(jax.devices()[:4])
     data = shard.replicate(case.data, mesh)
-    run = jax.jit(lambda key, data: train.fit(case.method, key, case.cfg, data, place=shard.over_data(mesh))[0])
+    run = jit(lambda key, data: train.fit(case.method, key, case.cfg, data, place=shard.over_data(mesh))[0])
     state = jax.device_get(run(jax.random.key(0), data))
     assert_close(scores_of(case, state), scores_of(case, fit(case)))
 
