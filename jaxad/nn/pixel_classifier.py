@@ -1,12 +1,10 @@
 """A small network that classifies every pixel from its channels and its neighbours', by dilated 3x3 convolutions.
 
-The lowering of the convolutions follows `jaxad.nn.conv.choose_impl`. As products, a layer that narrows multiplies first
-and adds shifted results, one that widens gathers shifted inputs first: either way the smaller array is moved.
+The lowering of the convolutions follows `jaxad.nn.conv.choose_impl`.
 """
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -19,8 +17,7 @@ from jax import lax
 from jaxad.core import Array
 from jaxad.nn import init
 from jaxad.nn.conv import choose_impl
-
-_OFFSETS = tuple(itertools.product((-1, 0, 1), repeat=2))
+from jaxad.nn.segmenter import dilated
 
 
 def dilated3(image: Array, kernel: Array, *, dilation: int, impl: str) -> Array:
@@ -35,25 +32,13 @@ def dilated3(image: Array, kernel: Array, *, dilation: int, impl: str) -> Array:
     Returns:
       (B, H, W, O).
     """
-    inputs, outputs = kernel.shape[2:]
-    if choose_impl(impl, outputs) == "conv":
+    if choose_impl(impl, kernel.shape[-1]) == "conv":
         numbers = ("NHWC", "HWIO", "NHWC")
         around = [(dilation, dilation)] * 2
         return lax.conv_general_dilated(
             image, kernel, (1, 1), around, rhs_dilation=(dilation,) * 2, dimension_numbers=numbers
         )
-    if outputs < inputs:
-        spread = image @ jnp.moveaxis(kernel, 2, 0).reshape(inputs, -1)
-        parts = jnp.split(spread, len(_OFFSETS), axis=-1)
-        return sum(_shift(part, y * dilation, x * dilation) for part, (y, x) in zip(parts, _OFFSETS, strict=True))
-    columns = jnp.concatenate([_shift(image, y * dilation, x * dilation) for y, x in _OFFSETS], axis=-1)
-    return columns @ kernel.reshape(-1, outputs)
-
-
-def _shift(image: Array, down: int, right: int) -> Array:
-    """result[i, j] = image[i + down, j + right], zero outside."""
-    edges = [(0, 0, 0), (-down, down, 0), (-right, right, 0), (0, 0, 0)]
-    return lax.pad(image, jnp.zeros((), image.dtype), edges)
+    return dilated(image, kernel, dilation=dilation, impl="gemm")
 
 
 class PixelClassifier(nn.Module):
