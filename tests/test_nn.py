@@ -81,6 +81,29 @@ def test_pixels_are_folded_into_few_channels_on_cpu(spatial, taps, strides, padd
     np.testing.assert_allclose(got, correlate_loop(image, kernel, strides, padding), atol=1e-4)
 
 
+@pytest.mark.parametrize(
+    "spatial, taps, padding, channels, outputs",
+    [
+        ((5, 8), (3, 3), ((1, 1), (1, 1)), 3, 5),  # two outputs at a time
+        ((6, 10), (2, 3), ((1, 0), (2, 0)), 2, 3),  # the same, unevenly padded
+        ((4, 3, 8), (3, 3, 3), ((1, 1),) * 3, 1, 4),
+        ((5, 8), (3, 3), ((1, 1), (1, 1)), 9, 2),  # narrowing: multiplied, then added
+        ((5, 6), (3, 2), ((2, 0), (0, 1)), 8, 2),
+        ((5, 8), (3, 3), ((1, 1), (1, 1)), 2, 9),  # its gradient narrows
+    ],
+)
+def test_products_of_stride_1(spatial, taps, padding, channels, outputs):
+    """The form and its transpose are those of XLA's convolution, whichever way the products are made."""
+    rng = np.random.default_rng(0)
+    image, kernel = rng.normal(size=(2, *spatial, channels)), rng.normal(size=(*taps, channels, outputs))
+    image, kernel, ones = jnp.float32(image), jnp.float32(kernel), (1,) * len(taps)
+    expected, pull = jax.vjp(lambda x: conv.correlate(x, kernel, strides=ones, padding=padding, impl="conv"), image)
+    got, own_pull = jax.vjp(lambda x: conv.correlate(x, kernel, strides=ones, padding=padding, impl="gemm"), image)
+    np.testing.assert_allclose(got, expected, atol=1e-4)
+    back = jnp.asarray(rng.normal(size=expected.shape), jnp.float32)
+    np.testing.assert_allclose(own_pull(back)[0], pull(back)[0], atol=1e-4)
+
+
 @pytest.mark.parametrize("impl", ["conv", "mixed", "gemm"])
 @pytest.mark.parametrize(
     "spatial, strides, output_padding",

@@ -133,8 +133,10 @@ def test_dilated_layers_are_the_same_in_both_forms(inputs, outputs):
     image = jnp.asarray(NUMBERS.normal(size=(2, 6, 7, inputs)), jnp.float32)
     kernel = jnp.asarray(NUMBERS.normal(size=(3, 3, inputs, outputs)), jnp.float32)
     for dilation in (1, 2):
-        conv, gemm = (dilated3(image, kernel, dilation=dilation, impl=impl) for impl in ("conv", "gemm"))
+        forms = (dilated3(image, kernel, dilation=dilation, impl=impl) for impl in ("conv", "gemm", "auto"))
+        conv, gemm, chosen = forms
         np.testing.assert_allclose(gemm, conv, atol=1e-4)
+        np.testing.assert_allclose(chosen, conv, atol=1e-4)
     slow = sum(
         image[0, 3 + 2 * a, 3 + 2 * b] @ kernel[a + 1, b + 1] for a in (-1, 0, 1) for b in (-1, 0, 1)
     )  # the middle pixel, dilation 2
