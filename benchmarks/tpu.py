@@ -44,6 +44,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
+from importlib import metadata
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -413,6 +414,7 @@ def attempt(program: Program, task: Task, known: Mapping[str, dict] | None = Non
         "state_bytes": program.state_bytes,
         "once": program.once,
         "single": program.single,
+        "libtpu": metadata.version("libtpu"),
     }
     began = time.perf_counter()
     try:
@@ -457,8 +459,6 @@ def compile_readably(lowered) -> Readable:
 
 def fingerprint(text: str, topology: str) -> str:
     """Tells whether a program is the one that an earlier run compiled."""
-    from importlib import metadata
-
     versions = f"{metadata.version('libtpu')} {jax.__version__} {_rules()}"
     return hashlib.sha256(f"{versions} {topology} {text}".encode()).hexdigest()[:20]
 
@@ -596,9 +596,17 @@ def growth_line(case: Mapping[str, Any]) -> str:
     )
 
 
+def compilers(rows: list[dict[str, Any]]) -> str:
+    """Which compiler made which methods' rows: a run keeps rows of earlier ones."""
+    found: dict[str, list[str]] = {}
+    for row in rows:
+        found.setdefault(f"libtpu {row.get('libtpu', 'unknown')}", []).append(row["method"])
+    return "Compiled by " + "; ".join(f"{name}: {', '.join(sorted(set(made)))}" for name, made in found.items()) + "."
+
+
 def markdown(result: Mapping[str, Any]) -> str:
     """The tables for RESULTS.md."""
-    lines = [NOTE, "", f"| {' | '.join(COLUMNS)} |", f"|{' --- |' * len(COLUMNS)}"]
+    lines = [NOTE, "", compilers(result["rows"]), "", f"| {' | '.join(COLUMNS)} |", f"|{' --- |' * len(COLUMNS)}"]
     lines += [f"| {' | '.join(cells(row))} |" for row in result["rows"]]
     lines += ["", "The same work on every chip, from the smallest slice to the largest:", ""]
     lines += [f"* {growth_line(case)}" for case in result["growth"]] or ["* only one slice was asked for"]
@@ -708,8 +716,6 @@ def main(arguments: list[str] | None = None) -> int:
 
 def keep(path: pathlib.Path, rows: list[dict[str, Any]]) -> dict[str, Any]:
     """Writes the results: {"note", "environment", "rows", "growth", "reasons"}."""
-    from importlib import metadata
-
     facts = {**environment(), "libtpu": metadata.version("libtpu"), "chips": {k: v._asdict() for k, v in CHIPS.items()}}
     result = {"note": NOTE, "environment": facts, "rows": rows, "growth": growth(rows), "reasons": judge(rows)}
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -29,6 +29,7 @@ class Case(NamedTuple):
     cfg: Any
     data: Mapping[str, Source]
     change: Mapping[str, float] = {}  # another value for leaves that 0.5x would not suit
+    close: Mapping[str, float] = CLOSE  # how close scores are that differ by rounding only
 
 
 def make_data(shape, *, rows=13, seed=0) -> dict[str, Source]:
@@ -117,7 +118,7 @@ def check_cuts(case: Case) -> None:
         with mock.patch.object(jax, "jit", jit):  # see there
             for progress in train.drive(*run, mode=mode, chunk=chunk, programs=programs):
                 state = progress.state
-        assert_close(scores_of(case, state), whole)
+        assert_close(scores_of(case, state), whole, **case.close)
 
 
 def check_seeds(case: Case) -> None:
@@ -126,7 +127,7 @@ def check_seeds(case: Case) -> None:
     states = jit(jax.vmap(lambda key: train.fit(case.method, key, _arrays(case.cfg), case.data)[0]))(keys)
     singles = [scores_of(case, fit(case, seed)) for seed in range(3)]
     for member, single in enumerate(singles):
-        assert_close(scores_of(case, jax.tree.map(lambda leaf, m=member: leaf[m], states)), single)
+        assert_close(scores_of(case, jax.tree.map(lambda leaf, m=member: leaf[m], states)), single, **case.close)
     assert differ(singles[0], singles[1]) and differ(singles[1], singles[2]), "two seeds give the same detector"
 
 
@@ -151,7 +152,7 @@ def check_leaves(case: Case) -> None:
     base, base_adapted = scores_of(case, singles[0]), scores_after_adapting(case, singles[0])
     for index, (member, single) in enumerate(zip(members, singles, strict=True)):
         alone = scores_of(case, single)
-        assert_close(scores_of(case, jax.tree.map(lambda leaf, i=index: leaf[i], states)), alone)
+        assert_close(scores_of(case, jax.tree.map(lambda leaf, i=index: leaf[i], states)), alone, **case.close)
         if member and not differ(alone, base):  # it may be for adapting alone
             adapted = scores_after_adapting(case, single)
             assert differ(adapted, base_adapted), f"config leaf {list(member)[0]} changes nothing"
@@ -199,7 +200,7 @@ def check_rows(case: Case) -> None:
     assert all(bool(jnp.isfinite(leaf).all()) for leaf in scores)
     for row in range(images.shape[0]):
         alone = score(state, images[row : row + 1])
-        assert_close(alone, jax.tree.map(lambda leaf, r=row: leaf[r : r + 1], scores), rtol=1e-4, atol=1e-6)
+        assert_close(alone, jax.tree.map(lambda leaf, r=row: leaf[r : r + 1], scores), rtol=1e-4, atol=5e-5)
 
 
 def check_passes(case: Case) -> None:
@@ -230,7 +231,7 @@ def check_sharded(case: Case) -> None:
     data = shard.replicate(case.data, mesh)
     run = jit(lambda key, data: train.fit(case.method, key, case.cfg, data, place=shard.over_data(mesh))[0])
     state = jax.device_get(run(jax.random.key(0), data))
-    assert_close(scores_of(case, state), scores_of(case, fit(case)))
+    assert_close(scores_of(case, state), scores_of(case, fit(case)), **case.close)
 
 
 def check_saved(case: Case, folder: pathlib.Path) -> None:

@@ -12,6 +12,7 @@ from jaxad.core import Source, as_arrays, spec_of
 
 KEY = jax.random.key(0)
 STEPS = 10
+SHORTER = {"neural_batch": {"ae_steps": 20}}  # a step of its sampler trains eight autoencoders
 
 
 def config(method, preset, **fields):
@@ -107,7 +108,7 @@ def main(name, preset="tiny"):
         made = [compiled_step(method, cfg, method.phases(cfg)[0], data, given) for given in (None, mesh)]
         print(json.dumps(facts | counts([program for program, _ in made], made[0][1])))
         return
-    cfg, data = config(method, "tiny", steps=STEPS, learning_rate=1e-4), pictures(32)
+    cfg, data = config(method, "tiny", steps=STEPS, learning_rate=1e-4, **SHORTER.get(name, {})), pictures(32)
     unseen = pictures(32, seed=1)["train"]  # a detector may keep the pictures of its training
     start = jax.device_get(jax.jit(lambda key: train.init(method, key, as_arrays(cfg), spec_of(data)))(KEY))
     programs, scores, moments = [], [], []

@@ -282,8 +282,13 @@ def test_flags_win_over_the_config_file_and_that_over_the_preset(capsys, tmp_pat
     assert (tmp_path / "b" / "scores.csv").read_bytes() == (tmp_path / "a" / "scores.csv").read_bytes()
 
 
+LONG = {"mnad", "ognet"}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", methods.METHODS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.optimised if name in LONG else ()) for name in methods.METHODS]
+)
 def test_every_method_has_a_tiny_preset_that_learns(tmp_path, name):
     main(["train", name, "--data", "synthetic", "--preset", "tiny", "--out", str(tmp_path / "run"), "--quiet"])
     assert read(tmp_path / "run" / "report.json")["image_auroc"] >= 0.60

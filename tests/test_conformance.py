@@ -3,6 +3,7 @@
 import pytest
 import toy
 from conformance import (
+    CLOSE,
     Case,
     check_cuts,
     check_leaves,
@@ -31,6 +32,7 @@ SMALL = {
     },
     "mnad": {
         "steps": 5,
+        "learning_rate": 2e-5,  # Adam takes whole steps where a gradient is zero but for rounding; queries turn
         "batch_size": 8,
         "widths": (8, 12),
         "num_items": 4,
@@ -107,6 +109,8 @@ CHANGE = {
     "smai": {"compactness": 1000.0},
     "synthcp": {"smooth_sigma": 60.0},
 }
+# Dividing by the spread of scores, which is small among these pictures, enlarges rounding.
+WIDER = {"mnad": {"rtol": 0.02, "atol": 0.05}}  # of maps that span 5
 
 
 @pytest.fixture(scope="module", params=["toy", *methods.METHODS])
@@ -115,7 +119,7 @@ def case(request):
         return Case(toy.METHOD, toy.ToyConfig(), make_data((8, 8, 3)))
     method = methods.get(request.param)
     cfg = method.config(**{**method.presets["tiny"].config, **SMALL.get(request.param, {})})
-    return Case(method, cfg, make_data((8, 8, 3)), CHANGE.get(request.param, {}))
+    return Case(method, cfg, make_data((8, 8, 3)), CHANGE.get(request.param, {}), CLOSE | WIDER.get(request.param, {}))
 
 
 @pytest.mark.parametrize(

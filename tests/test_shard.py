@@ -27,7 +27,7 @@ METHODS = [name if name == "memae" else pytest.param(name, marks=pytest.mark.slo
 # batch normalisation) Adam takes whole steps, of 1e-4 here. MNAD enlarges that: it divides by the spread of normal
 # scores, and its items choose their queries.
 USUAL = (1e-5, 1e-3, 1e-3)
-# The Neural Batch Sampler's first gradient comes after a hundred steps of Adam of the autoencoders that it sees.
+# The Neural Batch Sampler's first gradient comes after twenty steps of Adam of the autoencoders that it sees.
 # OGNet's preset ends with 300 updates at 1e-3.
 # SynthCP's L1 and leaky ReLU have kinks: on one device, too, weights moved by 1e-6 of their size move the gradient by
 # 1e-6 of its largest entry or by 1e-3. Here an entry is at a kink; of six starts a little beside this one eight devices

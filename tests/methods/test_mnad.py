@@ -448,11 +448,13 @@ def test_settings_that_cannot_work_are_refused(fields, image, message):
 
 
 @pytest.mark.slow
+@pytest.mark.optimised
 def test_learning_beats_no_learning():
-    """On the default family of synthetic defects, at the preset "tiny", three seeds in one program."""
+    """On the default family of synthetic defects, at a third of the preset "tiny", three seeds in one program."""
     method, preset = methods.get("mnad"), mnad.PRESETS["tiny"]
     data = load("synthetic", **preset.data).to_device()
-    cfg, keys = mnad.MNADConfig(**{**preset.config, "conv_impl": "gemm"}), jax.vmap(jax.random.key)(jnp.arange(3))
+    cfg = mnad.MNADConfig(**{**preset.config, "steps": 200, "conv_impl": "gemm"})
+    keys = jax.vmap(jax.random.key)(jnp.arange(3))
     sources = {"train": data.sources["train"]}
 
     def run(key):

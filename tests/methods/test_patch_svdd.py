@@ -584,6 +584,7 @@ def test_settings_that_cannot_work_are_refused_before_training(fields, message):
 # --- learning -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.optimised
 @pytest.mark.slow
 def test_training_finds_pasted_defects_that_an_untrained_encoder_finds_less_well():
     """Textures with a square of another texture; no NaN in 500 steps."""

@@ -332,6 +332,7 @@ def textures(count, seed, *, defects):
     return Source(image=jnp.asarray(pixels), label=jnp.asarray(masks.max(axis=(1, 2)), jnp.int32), mask=masks)
 
 
+@pytest.mark.optimised
 @pytest.mark.slow
 def test_it_learns_textures_and_finds_spots_of_others():
     """Spots have the colours of the rest."""
