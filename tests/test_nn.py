@@ -34,7 +34,7 @@ def transposed_loop(image, kernel, strides, output_padding):
     return correlate_loop(dilated, kernel, [1] * len(strides), [(1, 1 + o) for o in output_padding])
 
 
-@pytest.mark.parametrize("impl", ["conv", "mixed", "gemm"])
+@pytest.mark.parametrize("impl", ["conv", "mixed", "gemm", "winograd"])
 @pytest.mark.parametrize(
     "spatial, taps, strides, padding",
     [
@@ -104,7 +104,7 @@ def test_products_of_stride_1(spatial, taps, padding, channels, outputs):
     np.testing.assert_allclose(own_pull(back)[0], pull(back)[0], atol=1e-4)
 
 
-@pytest.mark.parametrize("impl", ["conv", "mixed", "gemm"])
+@pytest.mark.parametrize("impl", ["conv", "mixed", "gemm", "winograd"])
 @pytest.mark.parametrize(
     "spatial, strides, output_padding",
     [
@@ -159,7 +159,7 @@ def test_gradients_are_those_of_xla(spatial, taps, strides, padding, channels, d
         counts = [(n + sum(p) - t) // s + 1 for n, t, s, p in zip(spatial, taps, strides, padding, strict=True)]
         grads = jnp.asarray(rng.normal(size=(members, 2, *counts, 4)), dtype)
         expected = gradients("conv", images, kernels, grads)
-        for impl in ("mixed", "gemm"):
+        for impl in ("mixed", "gemm", "winograd"):
             for got, want in zip(gradients(impl, images, kernels, grads), expected, strict=True):
                 assert got.dtype == want.dtype == dtype
                 np.testing.assert_allclose(got, want, atol=tolerance * float(jnp.abs(want).max()))
@@ -186,6 +186,29 @@ def test_the_chosen_lowering_is_what_is_traced(target, convolutions, products):
     assert (text.count("conv_general_dilated["), text.count("dot_general[")) == (convolutions, products)
 
 
+@pytest.mark.parametrize(
+    "pixels, inputs, outputs, target, convolutions, products",
+    [
+        (64, 32, 32, {"platform": "cpu"}, 0, 18 + 3),  # two of Winograd's form, the kernel's gradient row by row
+        (32, 64, 64, {"platform": "cpu"}, 0, 27),
+        (32, 64, 64, {"platform": "cpu", "members": True}, 0, 27),
+        (31, 64, 64, {"platform": "cpu", "looped": True}, 0, 27),
+        (8, 64, 64, {"platform": "cpu"}, 2, 3),  # too little work to pay
+        (256, 16, 64, {"platform": "cpu"}, 2, 3),  # too few channels
+        (32, 64, 64, {"platform": "tpu"}, 3, 0),
+    ],
+)
+def test_larger_layers_take_fewer_products(pixels, inputs, outputs, target, convolutions, products):
+    def gradients(image, kernel):
+        run = lambda x, k: conv.correlate(x, k, strides=(2, 2), padding=((1, 1),) * 2, impl="auto").sum()  # noqa: E731
+        return jax.value_and_grad(run, argnums=(0, 1))(image, kernel)
+
+    with conv.lowering_for(**target):
+        shapes = (1, pixels, pixels, inputs), (3, 3, inputs, outputs)
+        text = str(jax.make_jaxpr(gradients)(*(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes)))
+    assert (text.count("conv_general_dilated["), text.count("dot_general[")) == (convolutions, products)
+
+
 def test_impls_agree_under_vmapped_kernels():
     rng = np.random.default_rng(2)
     images, kernels = jnp.float32(rng.normal(size=(3, 2, 6, 6, 4))), jnp.float32(rng.normal(size=(3, 3, 3, 4, 5)))
@@ -197,6 +220,7 @@ def test_impls_agree_under_vmapped_kernels():
         return jax.vmap(one)(images, kernels)
 
     np.testing.assert_allclose(run("gemm"), run("conv"), atol=1e-4)
+    np.testing.assert_allclose(run("winograd"), run("conv"), atol=1e-4)
 
 
 @pytest.mark.parametrize(

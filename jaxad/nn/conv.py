@@ -1,8 +1,8 @@
 """Convolutions, and the Linen layers that own their kernels.
 
 Three operations make up the training of a convolution: `correlate`, its transpose (`correlate_transposed`, also the
-gradient of the image), and the gradient of the kernel. Each has two lowerings, XLA's convolution and matrix products;
-`impl` names a choice for the three, `choose_impl` makes it:
+gradient of the image), and the gradient of the kernel. Each has several lowerings, XLA's convolution and matrix
+products; `impl` names a choice for the three, `choose_impl` makes it:
 
   * "conv": XLA's convolution throughout, with XLA's gradients. What accelerators want.
   * "mixed": XLA's convolution for images, products for the gradient of the kernel. What XLA-CPU wants of a program that
@@ -10,6 +10,8 @@ gradient of the image), and the gradient of the kernel. Each has two lowerings, 
     kernel 1.5-2x slower.
   * "gemm": products throughout. What XLA-CPU wants inside loops, where its convolution is 24-57x slower than outside,
     and of kernels that are vmapped over members, a grouped convolution there.
+  * "winograd": products throughout, and 25 of them for 36 where windows are 3x3 with stride 2 (`jaxad.ops.winograd`).
+    What XLA-CPU wants of such layers wherever they are, unless they have few channels.
 
 `benchmarks/conv.py` measures them and the forms that lost. Layouts: images (B, *spatial, C), kernels (*taps, C, O); any
 number of spatial axes.
@@ -32,14 +34,17 @@ from jax import lax
 
 from jaxad.core import Array
 from jaxad.nn import init
+from jaxad.ops import winograd
 
-IMPLS = ("auto", "conv", "mixed", "gemm")
+IMPLS = ("auto", "conv", "mixed", "gemm", "winograd")
 _NARROW = 32  # outputs (phases x channels) under which a GEMM of windows loses to XLA-CPU's convolution
 _MIN_COLUMNS = 32  # a product of fewer columns does not pay for its reading
 _FOLDED_CHANNELS, _FOLDED_OUTPUTS = 128, 48  # inputs x outputs, and outputs, up to which XLA-CPU likes pixels folded
 _PAIRED_CHANNELS = 256  # inputs x outputs up to which a product of windows had better make two outputs at a time
 _NARROWING = 4  # times fewer outputs than inputs, from which on multiplying first and adding windows copies less
 _JOINED_COLUMNS = 256  # a product of more columns gains nothing from being joined with another
+_WINOGRAD_CHANNELS, _WINOGRAD_KERNELS = 32, 64  # from which on fewer products outweigh their sums; of kernel gradients
+_WINOGRAD_PRODUCTS = 2**20  # of a picture and a tap
 
 
 class _Target(NamedTuple):
@@ -84,10 +89,10 @@ def choose_impl(impl: str, outputs: int, *, mixed: bool = False) -> str:
     Args:
       impl: "auto" or another of `IMPLS`.
       outputs: output channels, with those of all phases of a transposed convolution.
-      mixed: whether the caller has a "mixed" form.
+      mixed: whether the caller has the forms "mixed" and "winograd".
 
     Returns:
-      "conv", "gemm" or, if there is one, "mixed".
+      "conv", "gemm" or, if there is one, "mixed"; "winograd" only if that is `impl`.
 
     Raises:
       ValueError: an unknown name.
@@ -95,7 +100,7 @@ def choose_impl(impl: str, outputs: int, *, mixed: bool = False) -> str:
     if impl not in IMPLS:
         raise ValueError(f"conv_impl={impl!r} is unknown; expected one of {IMPLS}. Pass conv_impl='auto'.")
     if impl != "auto":
-        return impl if mixed or impl != "mixed" else "conv"
+        return impl if mixed else {"mixed": "conv", "winograd": "gemm"}.get(impl, impl)
     target = _target.get()
     if target_platform() != "cpu":
         return "conv"
@@ -104,6 +109,21 @@ def choose_impl(impl: str, outputs: int, *, mixed: bool = False) -> str:
     if mixed:
         return "mixed"
     return "gemm" if outputs >= _NARROW else "conv"
+
+
+def _choose(impl: str, kernel: Array, window: _Window, *, phases: int = 1) -> str:
+    """`choose_impl` of a convolution whose geometry is known."""
+    chosen = choose_impl(impl, phases * kernel.shape[-1], mixed=True)
+    fits = window.taps == (3, 3) and window.strides == (2, 2)
+    if impl == "winograd" and not fits:
+        return "gemm"
+    inputs, outputs = kernel.shape[-2:]
+    pays = (
+        kernel.dtype == jnp.float32
+        and min(inputs, outputs) >= _WINOGRAD_CHANNELS
+        and math.prod(window.counts) * inputs * outputs >= _WINOGRAD_PRODUCTS
+    )
+    return "winograd" if impl == "auto" and chosen != "conv" and fits and pays else chosen
 
 
 class _Window(NamedTuple):
@@ -119,6 +139,11 @@ class _Window(NamedTuple):
         """Windows per axis: the size of the smaller image."""
         axes = zip(self.size, self.taps, self.strides, self.padding, strict=True)
         return tuple((n + sum(padding) - t) // s + 1 for n, t, s, padding in axes)
+
+    @property
+    def before(self) -> tuple[int, ...]:
+        """Zeros before the larger image per axis."""
+        return tuple(before for before, _ in self.padding)
 
 
 def correlate(
@@ -138,7 +163,7 @@ def correlate(
       (B, *outputs, O).
     """
     window = _Window(image.shape[1:-1], kernel.shape[:-2], tuple(strides), tuple((a, b) for a, b in padding))
-    impl = choose_impl(impl, kernel.shape[-1], mixed=True)
+    impl = _choose(impl, kernel, window)
     return _convolve(image, kernel, window) if impl == "conv" else _correlate(image, kernel, window, impl)
 
 
@@ -165,7 +190,7 @@ def correlate_transposed(
     size = tuple((n - 1) * s + t - 2 + extra for n, t, s, extra in axes)
     window = _Window(size, taps, tuple(strides), ((1, 1),) * len(taps))
     flipped = jnp.flip(kernel, range(len(taps))).swapaxes(-1, -2)  # the kernel of the convolution that this transposes
-    impl = choose_impl(impl, math.prod(strides) * kernel.shape[-1], mixed=True)
+    impl = _choose(impl, kernel, window, phases=math.prod(strides))
     return _spread(image, flipped, window) if impl == "conv" else _transpose(image, flipped, window, impl)
 
 
@@ -174,11 +199,15 @@ def correlate_transposed(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def _correlate(image: Array, kernel: Array, window: _Window, impl: str) -> Array:
+    if impl == "winograd":
+        return winograd.correlate(image, kernel, before=window.before, counts=window.counts)
     return _convolve(image, kernel, window) if impl == "mixed" else _by_products(image, kernel, window)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def _transpose(image: Array, kernel: Array, window: _Window, impl: str) -> Array:
+    if impl == "winograd":
+        return winograd.transpose(image, kernel, before=window.before, size=window.size)
     return _spread(image, kernel, window) if impl == "mixed" else _spread_by_products(image, kernel, window)
 
 
@@ -188,7 +217,7 @@ def _correlate_forward(image, kernel, window, impl):
 
 def _correlate_backward(window, impl, saved, grad):
     image, kernel = saved
-    return _transpose(grad, kernel, window, impl), _kernel_gradient(image, grad, window).astype(kernel.dtype)
+    return _transpose(grad, kernel, window, impl), _kernel_gradient(image, grad, window, impl).astype(kernel.dtype)
 
 
 def _transpose_forward(image, kernel, window, impl):
@@ -197,27 +226,32 @@ def _transpose_forward(image, kernel, window, impl):
 
 def _transpose_backward(window, impl, saved, grad):
     image, kernel = saved
-    return _correlate(grad, kernel, window, impl), _kernel_gradient(grad, image, window).astype(kernel.dtype)
+    return _correlate(grad, kernel, window, impl), _kernel_gradient(grad, image, window, impl).astype(kernel.dtype)
 
 
 _correlate.defvjp(_correlate_forward, _correlate_backward)
 _transpose.defvjp(_transpose_forward, _transpose_backward)
 
 
-def _kernel_gradient(large: Array, small: Array, window: _Window) -> Array:
-    """The sum over windows of (values in the window) x (value of the smaller image), by matrix products.
+def _kernel_gradient(large: Array, small: Array, window: _Window, impl: str) -> Array:
+    """The sum over windows of (values in the window) x (value of the smaller image): (*taps, C, O) float32.
+
+    Args:
+      large: (B, *size, C).
+      small: (B, *counts, O).
+    """
+    if impl == "winograd" and min(large.shape[-1], small.shape[-1]) >= _WINOGRAD_KERNELS:
+        return winograd.kernel_gradient(large, small, before=window.before)
+    return _by_taps(large, small, window)
+
+
+def _by_taps(large: Array, small: Array, window: _Window) -> Array:
+    """The gradient of the kernel by products of one or more taps each.
 
     Windows are gathered along the inner axes only, as many as it takes to fill a product. Along an outer axis of
     stride s the rows are split into s phases, and a tap meets one of the phases with the smaller image shifted: the
     products read both images little more than once, where gathering whole windows would copy the larger one taps / s
     times an axis. Three taps and more that meet the same phase share products of up to `_JOINED_COLUMNS` columns.
-
-    Args:
-      large: (B, *size, C).
-      small: (B, *counts, O).
-
-    Returns:
-      (*taps, C, O) float32.
     """
     rank, channels = len(window.taps), large.shape[-1]
     outer = rank - 1
@@ -236,7 +270,7 @@ def _kernel_gradient(large: Array, small: Array, window: _Window) -> Array:
         together = max(1, _JOINED_COLUMNS // small.shape[-1]) if len(taps) > 2 else 1
         for some in (taps[i : i + together] for i in range(0, len(taps), together)):
             edges = [[(at, b - n - at) for at, b, n in zip(shifts[tap], blocks, counts, strict=True)] for tap in some]
-            product = _contract_rows(seen, jnp.concatenate([_pad(small, e) for e in edges], axis=-1))
+            product = winograd.contract_rows(seen, jnp.concatenate([_pad(small, e) for e in edges], axis=-1))
             products |= zip(some, jnp.moveaxis(product.reshape(-1, len(some), small.shape[-1]), 1, 0), strict=True)
     return jnp.stack([products[tap] for tap in sorted(products)]).reshape(*window.taps, channels, small.shape[-1])
 
@@ -249,12 +283,6 @@ def _taps_by_phase(window: _Window, outer: int) -> dict[tuple[int, ...], dict[tu
         places = [divmod(t - before, s) for t, s, (before, _) in zip(tap, window.strides, window.padding, strict=False)]
         found.setdefault(tuple(p for _, p in places), {})[tap] = tuple(shift for shift, _ in places)
     return found
-
-
-def _contract_rows(left: Array, right: Array) -> Array:
-    """(..., M) and (..., N) -> (M, N) float32. As matrices: XLA would transpose arrays of higher rank in memory."""
-    left, right = (x.reshape(-1, x.shape[-1]) for x in (left, right))
-    return lax.dot_general(left, right, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32)
 
 
 def _runs(part: Array, window: _Window) -> Array:
