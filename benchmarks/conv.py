@@ -173,7 +173,8 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--pixels", type=int, default=128, help="of the pictures; a multiple of 16")
     parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--impls", nargs="+", default=["winograd", "mixed", "conv", "gemm"], help="compared with the first")
+    impls = ["winograd", "mixed", "conv", "gemm"]
+    parser.add_argument("--impls", nargs="+", default=impls, help="compared with the first")
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--json", type=pathlib.Path, help="file to write")
     options = parser.parse_args()

@@ -189,13 +189,13 @@ def test_the_chosen_lowering_is_what_is_traced(target, convolutions, products):
 @pytest.mark.parametrize(
     "pixels, inputs, outputs, target, convolutions, products",
     [
-        (64, 32, 32, {"platform": "cpu"}, 0, 18 + 3),  # two of Winograd's form, the kernel's gradient row by row
-        (32, 64, 64, {"platform": "cpu"}, 0, 27),
-        (32, 64, 64, {"platform": "cpu", "members": True}, 0, 27),
-        (31, 64, 64, {"platform": "cpu", "looped": True}, 0, 27),
-        (8, 64, 64, {"platform": "cpu"}, 2, 3),  # too little work to pay
+        (128, 32, 32, {"platform": "cpu"}, 0, 18 + 3),  # two of Winograd's form, the kernel's gradient row by row
+        (64, 64, 64, {"platform": "cpu"}, 0, 27),
+        (64, 64, 64, {"platform": "cpu", "members": True}, 0, 27),
+        (63, 64, 64, {"platform": "cpu", "looped": True}, 0, 27),
+        (32, 64, 64, {"platform": "cpu"}, 2, 3),  # too little work to pay
         (256, 16, 64, {"platform": "cpu"}, 2, 3),  # too few channels
-        (32, 64, 64, {"platform": "tpu"}, 3, 0),
+        (64, 64, 64, {"platform": "tpu"}, 3, 0),
     ],
 )
 def test_larger_layers_take_fewer_products(pixels, inputs, outputs, target, convolutions, products):

@@ -6,6 +6,9 @@ A peer is a file here with the name of its method and one function:
 
 It takes its weights from a jaxad state, so that both sides do the same work on the same numbers; `wrap` is either
 `torch.compile` or a function that changes nothing, and is put around whatever a user would compile.
+
+Where public code is slower than a peer for a reason that is not worth imitating in each race, the peer's `FORMS` names
+further forms, {name: keywords of make}, which race eagerly beside it.
 """
 
 from __future__ import annotations
@@ -39,7 +42,7 @@ class PeerBatch(NamedTuple):
     mask: Any  # (B, H, W) float32
 
 
-def make(method: str, state: Any, spec: Any, *, compiled: bool = False) -> Peer:
+def make(method: str, state: Any, spec: Any, *, compiled: bool = False, form: str | None = None) -> Peer:
     """The peer of a method, with the weights of a state.
 
     Args:
@@ -47,6 +50,7 @@ def make(method: str, state: Any, spec: Any, *, compiled: bool = False) -> Peer:
       state: a jaxad state of it; trained or not.
       spec: of the data the state was made for.
       compiled: under `torch.compile`.
+      form: one of `forms(method)`.
 
     Raises:
       ValueError: the method has no peer, or torch is missing.
@@ -56,7 +60,13 @@ def make(method: str, state: Any, spec: Any, *, compiled: bool = False) -> Peer:
 
     torch.set_num_threads(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
     wrap = (lambda function: torch.compile(function, dynamic=False)) if compiled else (lambda function: function)
-    return importlib.import_module(f"{__name__}.{method}").make(state, spec, device=device(), wrap=wrap)
+    options = forms(method)[form] if form else {}
+    return importlib.import_module(f"{__name__}.{method}").make(state, spec, device=device(), wrap=wrap, **options)
+
+
+def forms(method: str) -> Mapping[str, dict[str, Any]]:
+    """Further forms of a method's peer: {name: what `make` takes}."""
+    return getattr(importlib.import_module(f"{__name__}.{method}"), "FORMS", {})
 
 
 def refuse_other(method: str, cfg: Any, expected: Mapping[str, Any]) -> None:

@@ -6,6 +6,8 @@ has one, and a forward pass for each move), the policy's gradient is one pass ov
 pictures are taken at the last T steps only, and pictures wait as tensors. Random numbers are jaxad's, those of the step
 with the same number, so that both sides do the same and losses can be compared; batch normalisation keeps the biased
 variance, as Flax does. Settings that are not here are refused.
+
+The form "walker by walker" is without the first of these favours, as that script is.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ from jaxad import train
 from jaxad.methods import neural_batch
 from jaxad.ops.walkers import LEAVE, MOVES
 
+FORMS = {"walker by walker": {"together": False}}
 _PHASE = 1  # of the sampler, after that of the labels
 
 
@@ -234,8 +237,11 @@ class Drawn:
         return [jax.tree.map(lambda a, e=e: a[e], (variables, numbers)) for e in range(count)], fit, rows
 
 
-def make(state, spec, *, device: str, wrap) -> Peer:
-    """The peer; see `benchmarks.peers.make`. Raises ValueError for settings that it does not have."""
+def make(state, spec, *, device: str, wrap, together: bool = True) -> Peer:
+    """The peer; see `benchmarks.peers.make`. With `together` the walkers of an episode look and act in one batch.
+
+    Raises ValueError for settings that it does not have.
+    """
     cfg = jax.tree.map(float, state.cfg)
     plain = {"ae_skip": False, "predictor": "learned", "sampler": "learned", "pool": "all", "alpha_schedule": "const"}
     plain |= {"predictor_negatives": "labelled+normal", "tile_shifts": 1, "dtype": "float32", "image_score": "max"}
@@ -286,6 +292,14 @@ def make(state, spec, *, device: str, wrap) -> Peer:
             ]
         )
 
+    def look(pool, visits, places):
+        """What walkers at these places see, and the policy's logits."""
+        cells = 2 * patch // grid
+        crops, counts = cut(pool, places, cells, grid), cut(visits, places, cells, 1)
+        counts = counts.repeat_interleave(grid, 1).repeat_interleave(grid, 2)
+        crops = torch.cat([crops, errors(crops)[:, None], counts[:, None]], dim=1)
+        return crops, act(crops)
+
     def episode(own, labelled, variables, numbers):
         pool, normals = torch.cat([own, labelled]), len(own)
         count = min(len(labelled), normals)
@@ -305,12 +319,10 @@ def make(state, spec, *, device: str, wrap) -> Peer:
             network.eval()
             with torch.no_grad():
                 for drawn in numbers.moves[t]:
-                    crops = cut(pool, places, cells, grid)
-                    counts = cut(visits, places, cells, 1)
-                    counts = counts.repeat_interleave(grid, 1).repeat_interleave(grid, 2)
-                    crops = torch.cat([crops, errors(crops)[:, None], counts[:, None]], dim=1)
+                    looks = [look(pool, visits, some) for some in ([places] if together else [[p] for p in places])]
+                    crops, logits = (torch.cat(parts) for parts in zip(*looks, strict=True))
                     noise = -torch.log(-torch.log(tensor(drawn[:, : len(MOVES)]).to(device)))
-                    action = (act(crops) + noise).argmax(dim=1)
+                    action = (logits + noise).argmax(dim=1)
                     new, moved = arrive(pool, normals, drawn[:, len(MOVES) :]), []
                     for place, other, a in zip(places, new, action.tolist(), strict=True):
                         step = MOVES[a] * int(cfg.stride // grid)

@@ -36,7 +36,7 @@ def find_peers() -> Any:
 
 
 def rivals(say: Callable, methods: Sequence[str]) -> Callable:
-    """The `rivals` of `methods.cases`: torch, and torch under torch.compile, or a word to `say` why not.
+    """The `rivals` of `methods.cases`: torch, torch under torch.compile, or a word to `say` why not, and further forms.
 
     Raises:
       ValueError: a method has no peer, or torch is missing; told before anything is measured.
@@ -47,8 +47,11 @@ def rivals(say: Callable, methods: Sequence[str]) -> Callable:
 
     def build(setting: Setting, work: str, index: int | None, state: Any, spec: Any, key: Any) -> list[Contender]:
         found: list[Contender] = []
-        for name, compiled in (("torch", False), ("torch.compile", True)):
-            peer = peers.make(setting.method.name, state, spec, compiled=compiled)
+        forms = [("torch", False, None), ("torch.compile", True, None)]
+        if work == "train":
+            forms += [(f"torch, {form}", False, form) for form in peers.forms(setting.method.name)]
+        for name, compiled, form in forms:
+            peer = peers.make(setting.method.name, state, spec, compiled=compiled, form=form)
             if work == "train" and setting.method.phases(setting.cfg)[index].name not in peer.steps:
                 say(f"the peer of {setting.method.name} has no such phase: it is timed alone")
                 return []

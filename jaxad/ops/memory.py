@@ -28,8 +28,9 @@ from jaxad.ops.blocks import devices_of_rows, fold_blocks
 
 Array = jax.Array
 
-# Bytes of one block of logits. On CPU of 2 to 16 MiB, 8 and 16 were fastest or level with the fastest, by up to a seventh
-# (T = 1024 to 16384, N = 500 and 2000, 2 cores); 8 take less memory. Elsewhere a block should fill the device; not tuned.
+# Bytes of one block of logits. On CPU, of 2 to 16 MiB, 8 and 16 were fastest or level with the fastest, by up to a
+# seventh (T = 1024 to 16384, N = 500 and 2000, 2 cores); 8 take less memory. Elsewhere a block should fill the device;
+# not tuned.
 _BLOCK_BYTES = {"cpu": 8 << 20}
 _OTHER_BLOCK_BYTES = 32 << 20
 _MIN_ROWS = 128  # thinner matrix products are slow

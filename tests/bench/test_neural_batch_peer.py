@@ -62,10 +62,11 @@ def torch_batch(images):
     return peers.place_batch(images, np.zeros(len(images)), np.zeros(images.shape[:3]))
 
 
-def test_steps_have_the_same_losses_and_gradients(trained):
+@pytest.mark.parametrize("form", [None, "walker by walker"])
+def test_steps_have_the_same_losses_and_gradients(trained, form):
     """Later profiles lie where the young predictor's statistics make much of small differences."""
     spec, before, images, found, _ = trained
-    peer = peers.make("neural_batch", before, spec)
+    peer = peers.make("neural_batch", before, spec, form=form)
     for _ in range(2):
         for t, (pixels, expected) in enumerate(zip(images, found, strict=True)):
             got = peer.steps["sampler"](torch_batch(pixels))
