@@ -33,6 +33,12 @@ _MAPS = pathlib.Path("/proc/self/maps")  # of Linux
 _MANY = 20_000  # mappings; the kernel's limit is 65,530, and every compiled program takes dozens
 
 
+@pytest.fixture
+def compiled_alike() -> dict[str, str]:
+    """The environment of a process whose programs round as those of tests do that compile without optimisations."""
+    return {**os.environ, "XLA_FLAGS": f"{_FLAGS} {_SOONER}", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+
+
 @pytest.fixture(autouse=True)
 def few_mappings():
     """Lets go of compiled programs when they are many: at the kernel's limit XLA dies while it loads the next one."""

@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import pathlib
 import signal
 import subprocess
@@ -191,12 +190,12 @@ cli.main(sys.argv[1:])
 """
 
 
-def test_a_killed_sweep_goes_on_without_computing_groups_again(tmp_path, monkeypatch):
+def test_a_killed_sweep_goes_on_without_computing_groups_again(tmp_path, monkeypatch, compiled_alike):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     main(["sweep", "toy", *FLAGS, "--out", str(whole)])
     command = [sys.executable, "-c", KILLED, "sweep", "toy", *FLAGS, "--out", str(killed)]
     tests = str(pathlib.Path(__file__).parents[1])
-    ended = subprocess.run(command, env={**os.environ, "PYTHONPATH": tests}, check=False)
+    ended = subprocess.run(command, env={**compiled_alike, "PYTHONPATH": tests}, check=False)
     assert ended.returncode == -signal.SIGKILL  # in the middle of the third group
     parts = {part.name: (part.read_bytes(), part.stat().st_mtime_ns) for part in (killed / "parts").glob("*.json")}
     assert len(parts) == 2 and not (killed / "results.csv").exists()
