@@ -28,6 +28,8 @@ METHODS = [name if name == "memae" else pytest.param(name, marks=pytest.mark.slo
 # scores, and its items choose their queries.
 USUAL = (1e-5, 1e-3, 1e-3)
 # The Neural Batch Sampler's first gradient comes after twenty steps of Adam of the autoencoders that it sees.
+# Rounding may turn a walker's move, after which its autoencoder sees other patches: on one machine of two that changes
+# scores by 0.8 % of their range, where training changes them by all of it.
 # OGNet's preset ends with 300 updates at 1e-3.
 # SynthCP's L1 and leaky ReLU have kinks: on one device, too, weights moved by 1e-6 of their size move the gradient by
 # 1e-6 of its largest entry or by 1e-3. Here an entry is at a kink; of six starts a little beside this one eight devices
@@ -35,7 +37,7 @@ USUAL = (1e-5, 1e-3, 1e-3)
 TOLERANCES = {
     "gradcon": (1e-5, 1e-5, 1e-5),
     "mnad": (1e-3, 0.1, 0.1),
-    "neural_batch": (1e-2, 2e-3, 1e-3),
+    "neural_batch": (1e-2, 0.02, 0.01),
     "ognet": (1e-5, 0.05, 0.01),
     "patch_svdd": (1e-5, 1e-4, 1e-4),
     "synthcp": (5e-3, 0.03, 0.03),
