@@ -9,7 +9,6 @@ decides by this table.
 
 import argparse
 import importlib.util
-import os
 import pathlib
 
 import jax
@@ -19,6 +18,7 @@ from benchmarks.common import race
 from jaxad import allocator
 from jaxad.bench.case import Case, Contender
 from jaxad.bench.program import compile_program
+from jaxad.cores import usable_cores
 from jaxad.nn import conv
 
 STRIDES, PADDING = (2, 2), ((1, 1), (1, 1))
@@ -93,7 +93,7 @@ def torch_contender(name, *, is_transposed, is_gradient, flops):
     import torch
     from torch.nn import functional
 
-    torch.set_num_threads(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    torch.set_num_threads(usable_cores())
 
     layout = torch.channels_last if name.endswith("last") else torch.contiguous_format
 

@@ -8,7 +8,6 @@ gradient with respect to the features, as a training step does. Outputs are comp
 """
 
 import argparse
-import os
 import pathlib
 
 import jax
@@ -20,6 +19,7 @@ from benchmarks.common import race
 from jaxad import allocator
 from jaxad.bench.case import Case, Contender
 from jaxad.bench.program import compile_program
+from jaxad.cores import usable_cores
 from jaxad.ops import prototypes
 
 COMPACTNESS, SEPARATENESS, MARGIN = 0.1, 0.1, 1.0
@@ -97,7 +97,7 @@ def peer(given, *, is_gradient):
 
     from benchmarks.peers.mnad import MemoryStep
 
-    torch.set_num_threads(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    torch.set_num_threads(usable_cores())
 
     def put(drawn):
         features, items, weights = drawn

@@ -30,6 +30,7 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxad.core import Source
+from jaxad.cores import usable_cores
 from jaxad.nn.conv import lowering_for
 
 WAYS = ("vmap", "map")
@@ -53,9 +54,8 @@ def use_all_cores(cores: int | None = None) -> None:
     """Makes every CPU core, or so many, a device. Without effect on accelerators, or once jax has started."""
     if "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
         return  # the user's choice
-    here = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     with contextlib.suppress(RuntimeError):  # jax runs already
-        jax.config.update("jax_num_cpu_devices", cores or here)
+        jax.config.update("jax_num_cpu_devices", cores or usable_cores())
 
 
 def lift(function: Callable, axes: tuple, members: Members) -> Callable:

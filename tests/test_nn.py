@@ -10,6 +10,7 @@ import pytest
 from scipy import ndimage
 
 from jaxad.nn import conv, init
+from jaxad.ops.blocks import rows_over
 from jaxad.ops.smooth import gaussian_smooth
 
 
@@ -207,6 +208,38 @@ def test_larger_layers_take_fewer_products(pixels, inputs, outputs, target, conv
         shapes = (1, pixels, pixels, inputs), (3, 3, inputs, outputs)
         text = str(jax.make_jaxpr(gradients)(*(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes)))
     assert (text.count("conv_general_dilated["), text.count("dot_general[")) == (convolutions, products)
+
+
+@pytest.mark.parametrize(
+    "outputs, target, devices, is_grouped",
+    [
+        (4, {"platform": "cpu"}, 1, True),
+        (32, {"platform": "cpu"}, 1, False),  # wide enough
+        (4, {"platform": "cpu"}, 2, False),  # rows are split over devices already
+        (4, {"platform": "cpu", "members": True}, 1, False),  # members are
+        (4, {"platform": "gpu"}, 1, False),
+    ],
+)
+def test_narrow_kernel_gradients_are_a_product_for_each_core(monkeypatch, outputs, target, devices, is_grouped):
+    monkeypatch.setattr(conv, "usable_cores", lambda: 4)
+
+    def gradient(image, kernel):
+        run = lambda k: conv.correlate(image, k, strides=(1, 1), padding=((1, 1),) * 2, impl="gemm").sum()  # noqa: E731
+        return jax.grad(run)(kernel)
+
+    with conv.lowering_for(**target), rows_over(devices):
+        shapes = (2, 64, 64, 16), (3, 3, 16, outputs)
+        made = jax.make_jaxpr(gradient)(*(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes))
+    assert any(shape[0] == 4 for shape in shapes_of_products(made.jaxpr)) == is_grouped
+
+
+def shapes_of_products(jaxpr):
+    """Of all products' results, those of nested programs too."""
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general":
+            yield equation.outvars[0].aval.shape
+        for inner in jax.core.jaxprs_in_params(equation.params):
+            yield from shapes_of_products(inner)
 
 
 def test_impls_agree_under_vmapped_kernels():

@@ -15,11 +15,12 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import os
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
+
+from jaxad.cores import usable_cores
 
 
 class Peer(NamedTuple):
@@ -58,7 +59,7 @@ def make(method: str, state: Any, spec: Any, *, compiled: bool = False, form: st
     check(method)
     import torch
 
-    torch.set_num_threads(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    torch.set_num_threads(usable_cores())
     wrap = (lambda function: torch.compile(function, dynamic=False)) if compiled else (lambda function: function)
     options = forms(method)[form] if form else {}
     return importlib.import_module(f"{__name__}.{method}").make(state, spec, device=device(), wrap=wrap, **options)

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxad import allocator
+from jaxad.cores import usable_cores
 
 _SIZES = {"cpu": (2048, (8, 64, 128), 1 << 26)}  # matrix; pictures, pixels a side, channels; bytes copied
 _ACCELERATOR = (8192, (64, 64, 256), 1 << 30)
@@ -150,7 +151,7 @@ def environment() -> dict[str, Any]:
     facts["command"] = ["/".join(pathlib.Path(sys.argv[0]).parts[-2:]), *sys.argv[1:]]  # no folders of this machine
     facts["commit_modified"] = _is_modified()
     facts["backend"] = jax.default_backend()
-    facts["threads"] = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    facts["threads"] = usable_cores()
     for name in ("torch", "sklearn", "scipy"):
         if sys.modules.get(name) is not None:
             facts["versions"][name] = sys.modules[name].__version__

@@ -33,8 +33,11 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxad.core import Array
+from jaxad.cores import usable_cores
 from jaxad.nn import init
 from jaxad.ops import winograd
+from jaxad.ops.blocks import devices_of_rows
+from jaxad.ops.contract import contract_rows
 
 IMPLS = ("auto", "conv", "mixed", "gemm", "winograd")
 _NARROW = 32  # outputs (phases x channels) under which a GEMM of windows loses to XLA-CPU's convolution
@@ -247,6 +250,12 @@ def _kernel_gradient(large: Array, small: Array, window: _Window, impl: str) -> 
     return _by_taps(large, small, window)
 
 
+def _row_groups() -> int:
+    """Products that the rows of a kernel's gradient are shared among: one for each core that nothing else has."""
+    shared = target_platform() != "cpu" or _target.get().members or devices_of_rows() > 1
+    return 1 if shared else usable_cores()
+
+
 def _by_taps(large: Array, small: Array, window: _Window) -> Array:
     """The gradient of the kernel by products of one or more taps each.
 
@@ -272,7 +281,8 @@ def _by_taps(large: Array, small: Array, window: _Window) -> Array:
         together = max(1, _JOINED_COLUMNS // small.shape[-1]) if len(taps) > 2 else 1
         for some in (taps[i : i + together] for i in range(0, len(taps), together)):
             edges = [[(at, b - n - at) for at, b, n in zip(shifts[tap], blocks, counts, strict=True)] for tap in some]
-            product = winograd.contract_rows(seen, jnp.concatenate([_pad(small, e) for e in edges], axis=-1))
+            shifted = jnp.concatenate([_pad(small, e) for e in edges], axis=-1)
+            product = contract_rows(seen, shifted, groups=_row_groups())
             products |= zip(some, jnp.moveaxis(product.reshape(-1, len(some), small.shape[-1]), 1, 0), strict=True)
     return jnp.stack([products[tap] for tap in sorted(products)]).reshape(*window.taps, channels, small.shape[-1])
 

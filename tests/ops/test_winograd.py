@@ -76,10 +76,3 @@ def test_rounding_stays_near_that_of_taps():
     taps = sum(part @ k[i, j] for i, j, part in parts(padded, (16, 16)))
     error = lambda got: float(np.abs(np.asarray(got, np.float64) - exact).max())  # noqa: E731
     assert error(winograd.correlate(x, k, before=(1, 1), counts=(16, 16))) < 4 * error(taps)
-
-
-@pytest.mark.parametrize("columns", [(3, 7), (7, 3)])
-def test_rows_are_contracted_from_either_side(columns):
-    left, right = (np.random.default_rng(2).normal(size=(2, 5, n)) for n in columns)
-    got = winograd.contract_rows(jnp.float32(left), jnp.float32(right))
-    np.testing.assert_allclose(got, np.einsum("bim,bin->mn", left, right), atol=1e-5)
