@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import math
-
 from jax import lax
 
 from jaxad.core import Array
 
 _LEAST = 512  # rows of a group; fewer are not worth a product of their own
-_NARROW = 16  # columns, up to which one product is slow
+_NARROW = 24  # columns, up to which one product is slow
 
 
 def contract_rows(left: Array, right: Array, *, groups: int = 1) -> Array:
@@ -29,9 +27,9 @@ def contract_rows(left: Array, right: Array, *, groups: int = 1) -> Array:
     """
     if left.shape[-1] > right.shape[-1]:
         return contract_rows(right, left, groups=groups).T
-    rows = math.prod(left.shape[:-1])
-    pays = left.shape[-1] <= _NARROW and rows % groups == 0 and rows >= groups * _LEAST
-    groups = groups if pays else 1
-    left, right = (x.reshape(groups, rows // groups, x.shape[-1]) for x in (left, right))
-    both = (((1,), (1,)), ((0,), (0,)))
-    return lax.dot_general(left, right, both, preferred_element_type="float32").sum(axis=0)
+    left, right = (x.reshape(-1, x.shape[-1]) for x in (left, right))
+    rows, columns = left.shape
+    if groups == 1 or columns > _NARROW or rows % groups or rows < groups * _LEAST:
+        return lax.dot_general(left, right, (((0,), (0,)), ((), ())), preferred_element_type="float32")
+    left, right = (x.reshape(groups, rows // groups, -1) for x in (left, right))
+    return lax.dot_general(left, right, (((1,), (1,)), ((0,), (0,))), preferred_element_type="float32").sum(axis=0)

@@ -26,7 +26,7 @@ def test_rows_are_contracted_from_either_side_in_any_number_of_groups(columns, g
     [
         ((3, 40), (2, 1024), 2, 2),
         ((40, 3), (2, 1024), 2, 2),
-        ((17, 40), (2, 1024), 2, 1),  # wide enough for one product
+        ((25, 40), (2, 1024), 2, 1),  # wide enough for one product
         ((3, 40), (2, 1024), 3, 1),  # three do not divide 2048
         ((3, 40), (2, 500), 2, 1),  # few rows
     ],
@@ -34,4 +34,5 @@ def test_rows_are_contracted_from_either_side_in_any_number_of_groups(columns, g
 def test_many_rows_of_narrow_products_are_grouped(columns, rows, groups, expected):
     made = jax.make_jaxpr(lambda a, b: contract_rows(a, b, groups=groups))(*arrays(*columns, rows=rows))
     (product,) = (e for e in made.eqns if e.primitive.name == "dot_general")
-    assert product.outvars[0].aval.shape == (expected, min(columns), max(columns))
+    groups = (expected,) if expected > 1 else ()
+    assert product.outvars[0].aval.shape == (*groups, min(columns), max(columns))
