@@ -5,7 +5,9 @@
 "cycles" is E training cycles as the specification numbers them (its section 1.8, steps 1 to 3): autoencoders trained
 from scratch on what walkers pick, profiles of labelled and of normal pictures, and the reward. "predictor" and
 "sampler" are the updates that follow. Both sides begin at the same weights with the same random numbers; the torch
-loop is the reference. Needs torch.
+loop is the reference. Cycles race a second loop, whose walkers look and act one after the other, as the method is
+specified and its one public derivative works; the first takes all walkers of an episode through its networks together.
+Needs torch.
 """
 
 import argparse
@@ -36,7 +38,7 @@ def place(images):
     return peers.place_batch(images, np.zeros(len(images)), np.zeros(images.shape[:3]))
 
 
-def cycles_case(setting, state, peer):
+def cycles_case(setting, state, loops):
     """Draws pictures; compares what the autoencoders lose, on average, and each episode's reward.
 
     On average, since rounding may turn a move: one episode in eight or so then walks elsewhere, and loses something
@@ -52,20 +54,23 @@ def cycles_case(setting, state, peer):
     def draw(numbers):
         return np.asarray(bench.draw_source(setting, numbers, setting.batch).image)
 
-    numbers_of_episodes, _, chosen = peer.parts["draw"]()
-    rival = Contender(
-        "torch",
-        lambda batch: peer.parts["cycles"](batch, numbers_of_episodes, chosen),
-        put=place,
-        wait=peers.wait,
-        fetch=lambda found: {"ae_loss": found.ae_losses.mean().cpu().numpy(), "reward": found.end.cpu().numpy()},
-    )
-    return case(setting, "cycles", draw, run, state, rival, samples=episodes)
+    def rival(name, loop):
+        numbers_of_episodes, _, chosen = loop.parts["draw"]()
+        return Contender(
+            name,
+            lambda batch: loop.parts["cycles"](batch, numbers_of_episodes, chosen),
+            put=place,
+            wait=peers.wait,
+            fetch=lambda found: {"ae_loss": found.ae_losses.mean().cpu().numpy(), "reward": found.end.cpu().numpy()},
+        )
+
+    rivals = [rival(name, loop) for name, loop in loops.items()]
+    return case(setting, "cycles", draw, run, state, *rivals, samples=episodes)
 
 
-def predictor_case(setting, state, peer):
+def predictor_case(setting, state, loops):
     """Draws profiles and masks; compares the mean loss."""
-    cfg, key = setting.cfg, keys_of_step()[1]
+    cfg, key, peer = setting.cfg, keys_of_step()[1], loops["torch"]
     count = 2 * min(cfg.profile_pictures, state.labelled.image.shape[0])
     shape = (cfg.episodes, count, cfg.profile_length, *setting.shape[:2])
 
@@ -90,9 +95,9 @@ def predictor_case(setting, state, peer):
     return case(setting, "predictor", draw, run, state, rival, samples=cfg.predictor_steps)
 
 
-def sampler_case(setting, state, peer):
+def sampler_case(setting, state, loops):
     """Draws advantages of the walks of one run of cycles; compares the norm of the policy's gradient."""
-    cfg = setting.cfg
+    cfg, peer = setting.cfg, loops["torch"]
     images = np.asarray(bench.draw_source(setting, np.random.default_rng(0), setting.batch).image)
     numbers_of_episodes, _, chosen = peer.parts["draw"]()
     walked = peer.parts["cycles"](place(images), numbers_of_episodes, chosen)
@@ -121,8 +126,9 @@ def sampler_case(setting, state, peer):
     return case(setting, "sampler", draw, run, (state, walk(state, images)), rival, samples=1)
 
 
-def case(setting, name, draw, run, fixed, rival, *, samples):
-    """`run(fixed, drawn)` beside its rival; the first of its outputs is compared, all of them are waited for."""
+def case(setting, name, draw, run, fixed, rival, *others, samples):
+    """`run(fixed, drawn)` beside its rivals, the first of which is the reference; of its outputs the first is compared,
+    all are waited for."""
     program = compile_program(run, fixed, jax.device_put(draw(np.random.default_rng(0))))
     own = Contender(
         "jaxad",
@@ -135,7 +141,7 @@ def case(setting, name, draw, run, fixed, rival, *, samples):
     return Case(
         setting.name_of(name),
         draw,
-        (own, rival),
+        (own, rival, *others),
         samples,
         reference=lambda drawn: rival.fetch(rival.run(rival.put(drawn))),
         tolerance=setting.tolerance,
@@ -156,9 +162,12 @@ def main():
     setting = bench.set_up(method, preset=options.preset, batch=batch, tolerance=1e-4)
     spec = bench.spec_of(setting)
     state = bench.start(setting, setting.cfg, spec)
-    peer = peers.make("neural_batch", state, spec)
+    loops = {"torch": peers.make("neural_batch", state, spec)}
+    loops |= {
+        f"torch, {form}": peers.make("neural_batch", state, spec, form=form) for form in peers.forms("neural_batch")
+    }
     makers = {"cycles": cycles_case, "predictor": predictor_case, "sampler": sampler_case}
-    cases = (makers[name](setting, state, peer) for name in options.parts.split(","))
+    cases = (makers[name](setting, state, loops) for name in options.parts.split(","))
     race(cases, settings={"backend": jax.default_backend()}, rounds=options.rounds, out=options.json)
 
 

@@ -465,7 +465,8 @@ def scenes(count, *, seed, looks=()):
 def test_an_unseen_shape_is_told_by_comparing_better_than_by_the_segmenters_confidence():
     """From end to end; a plain grey picture in the place of the synthesis shows what comparing with anything tells.
 
-    Of three seeds: 0.828, 0.902 and 0.840; the confidence 0.756, 0.839 and 0.803; with grey 0.29 to 0.34.
+    Of three seeds: the net that learns discrepancies 0.950, 0.956 and 0.916; cosines 0.894, 0.918 and 0.899; the
+    confidence 0.853, 0.876 and 0.873. On another processor the latter two were 0.05 lower: rounding decides much.
     """
     cfg = synthcp.SynthCPConfig(
         num_labels=5,
@@ -483,6 +484,10 @@ def test_an_unseen_shape_is_told_by_comparing_better_than_by_the_segmenters_conf
         steps=200,
         learning_rate=4e-3,
         discriminator_rate=4e-3,
+        comparator="discrepancy",
+        compare_steps=200,
+        compare_rate=1e-3,
+        compare_width=16,
         batch_size=8,
         conv_impl="conv",
     )
@@ -499,7 +504,9 @@ def test_an_unseen_shape_is_told_by_comparing_better_than_by_the_segmenters_conf
         maps = jax.jit(synthcp.compare)(with_fields(state, **fields), pictures, segmented, made).map
         return metrics.image_metrics(np.asarray(maps).reshape(-1), odd.reshape(-1).astype(int))["auroc"]
 
-    by_confidence, grey = auroc(made, msp_threshold=-1.0), jnp.full_like(made, 0.5)
-    compared, with_grey = auroc(made, gate="none"), auroc(grey, gate="none")
+    cosine = {"comparator": "feature", "gate": "none"}
+    by_confidence, grey = auroc(made, comparator="feature", msp_threshold=-1.0), jnp.full_like(made, 0.5)
+    by_cosine, by_net = auroc(made, **cosine), auroc(made)
     assert (np.asarray(segmented.labels) == labels)[~odd].mean() > 0.9
-    assert compared > 0.78 and compared > by_confidence + 0.02 and compared > with_grey + 0.3
+    assert by_cosine > 0.78 and by_cosine > by_confidence + 0.01 and by_cosine > auroc(grey, **cosine) + 0.3
+    assert by_net > 0.88 and by_net > by_confidence + 0.03 and by_net > auroc(grey) + 0.2
