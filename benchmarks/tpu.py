@@ -1,6 +1,6 @@
 """TPU without a TPU: compiles every method's programs with the real TPU compiler and reports what it says of them.
 
-    pip install libtpu            # the compiler; no TPU is needed
+    pip install "libtpu>=0.0.52"  # the compiler; no TPU is needed. 0.0.42.1 crashes on some sweeps
     python -m benchmarks.tpu --methods all
 
 Every figure is an ESTIMATE of the compiler or, where it says so, ours. Nothing is run, nothing is measured.
@@ -675,7 +675,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         if not re.fullmatch(rf"({'|'.join(CHIPS)}):\d+x\d+", topology):
             parser.error(f"--topologies {topology!r} is unknown; expected {' or '.join(CHIPS)} as in v5e:2x2.")
     if importlib.util.find_spec("libtpu") is None:
-        parser.error("the TPU compiler is missing; it needs no TPU. Run: pip install libtpu")
+        parser.error("the TPU compiler is missing; it needs no TPU. Run: pip install 'libtpu>=0.0.52'")
     return options
 
 
