@@ -5,9 +5,8 @@
 "cycles" is E training cycles as the specification numbers them (its section 1.8, steps 1 to 3): autoencoders trained
 from scratch on what walkers pick, profiles of labelled and of normal pictures, and the reward. "predictor" and
 "sampler" are the updates that follow. Both sides begin at the same weights with the same random numbers; the torch
-loop is the reference. Cycles race a second loop, whose walkers look and act one after the other, as the method is
-specified and its one public derivative works; the first takes all walkers of an episode through its networks together.
-Needs torch.
+loop is the reference: it takes all walkers of an episode through its networks together. Cycles race a second loop,
+plainer, whose walkers look and act one after the other. Needs torch.
 """
 
 import argparse

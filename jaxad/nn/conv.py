@@ -251,7 +251,8 @@ def _kernel_gradient(large: Array, small: Array, window: _Window, impl: str) -> 
 
 
 def _row_groups() -> int:
-    """Products that the rows of a kernel's gradient are shared among: one for each core that nothing else has."""
+    """Products that the rows of a kernel's gradient are shared among: one for each core, unless members or devices
+    share the cores already."""
     shared = target_platform() != "cpu" or _target.get().members or devices_of_rows() > 1
     return 1 if shared else usable_cores()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import jax.numpy as jnp
 from jax import lax
 
 from jaxad.core import Array
@@ -30,6 +31,6 @@ def contract_rows(left: Array, right: Array, *, groups: int = 1) -> Array:
     left, right = (x.reshape(-1, x.shape[-1]) for x in (left, right))
     rows, columns = left.shape
     if groups == 1 or columns > _NARROW or rows % groups or rows < groups * _LEAST:
-        return lax.dot_general(left, right, (((0,), (0,)), ((), ())), preferred_element_type="float32")
+        return lax.dot_general(left, right, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32)
     left, right = (x.reshape(groups, rows // groups, -1) for x in (left, right))
-    return lax.dot_general(left, right, (((1,), (1,)), ((0,), (0,))), preferred_element_type="float32").sum(axis=0)
+    return lax.dot_general(left, right, (((1,), (1,)), ((0,), (0,))), preferred_element_type=jnp.float32).sum(axis=0)
