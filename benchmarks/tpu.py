@@ -1,6 +1,6 @@
 """TPU without a TPU: compiles every method's programs with the real TPU compiler and reports what it says of them.
 
-    pip install "libtpu>=0.0.52"  # the compiler; no TPU is needed. 0.0.42.1 crashes on some sweeps
+    pip install -e ".[aot]"  # the compiler, of the version that made the record; no TPU is needed
     python -m benchmarks.tpu --methods all
 
 Every figure is an ESTIMATE of the compiler or, where it says so, ours. Nothing is run, nothing is measured.
@@ -42,6 +42,7 @@ import pathlib
 import re
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from importlib import metadata
@@ -62,6 +63,7 @@ FOLDER = ROOT / "benchmarks" / "results" / "tpu-estimates"
 TOPOLOGIES = ("v5e:2x2", "v6e:2x2", "v5e:16x16", "v6e:16x16")
 PROGRAMS = ("train", "score", "sweep", "kernels")
 DTYPES = ("float32", "bfloat16")
+COMPILER = "0.0.52"  # the earliest libtpu that compiles everything; 0.0.42.1, which jax[tpu] 0.10.2 asks for, does not
 PICTURES = 400  # in a source; the largest category of MVTec AD trains on 391
 MEMBERS = 2  # of a sweep on every chip: more than one, so that they are computed side by side
 GROWTH = 0.15  # of a step's seconds from the smallest to the largest slice of a chip
@@ -481,11 +483,21 @@ def work(task: Task, known: Mapping[str, dict]) -> list[dict[str, Any]]:
 def _alone(task: Task, known: Mapping[str, dict]) -> list[dict[str, Any]]:
     """`work` in a process of its own: a compiler that dies takes nobody along."""
     context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(1, mp_context=context) as process:
+    with concurrent.futures.ProcessPoolExecutor(1, mp_context=context, initializer=_end_with_parent) as process:
         try:
             return process.submit(work, task, known).result()
         except concurrent.futures.BrokenExecutor as error:
             return [_failed(task, error)]
+
+
+def _end_with_parent() -> None:
+    """Ends this process when its parent does, also in the middle of a compilation, which takes minutes."""
+
+    def wait():
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def _failed(task: Task, error: BaseException) -> dict[str, Any]:
@@ -650,6 +662,17 @@ def run(tasks: list[Task], *, jobs: int, known: Mapping[str, dict], each: Callab
     return [row for task in tasks for row in rows[task]]
 
 
+def compiler_problem() -> str | None:
+    """Why nothing can be compiled, and what to do about it; None if the compiler is there."""
+    remedy = f"Run: pip install --no-deps libtpu=={COMPILER}"
+    if importlib.util.find_spec("libtpu") is None:
+        return f"the TPU compiler is missing; it needs no TPU. {remedy}"
+    found = metadata.version("libtpu")
+    if [int(part) for part in found.split(".")[:3]] < [int(part) for part in COMPILER.split(".")]:
+        return f"libtpu {found} overflows its stack on some sweeps for v6e; expected {COMPILER} or later. {remedy}"
+    return None
+
+
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line. Raises SystemExit for names that do not exist."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.tpu", description=(__doc__ or "").splitlines()[0])
@@ -674,8 +697,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     for topology in options.topologies:
         if not re.fullmatch(rf"({'|'.join(CHIPS)}):\d+x\d+", topology):
             parser.error(f"--topologies {topology!r} is unknown; expected {' or '.join(CHIPS)} as in v5e:2x2.")
-    if importlib.util.find_spec("libtpu") is None:
-        parser.error("the TPU compiler is missing; it needs no TPU. Run: pip install 'libtpu>=0.0.52'")
+    if problem := compiler_problem():
+        parser.error(problem)
     return options
 
 

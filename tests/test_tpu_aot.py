@@ -1,9 +1,13 @@
 """Compilation for TPUs that are not there: what is made of the compiler's answers, and the compiler itself."""
 
 import functools
-import importlib.util
 import json
+import os
 import pathlib
+import signal
+import subprocess
+import sys
+import time
 import types
 
 import jax
@@ -17,9 +21,7 @@ from jaxad.core import Batch, Phase, Scores, Source
 from jaxad.ops.blocks import devices_of_rows, rows_over
 from jaxad.ops.memory import read_memory
 
-has_compiler = pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None, reason="needs the TPU compiler (no TPU): pip install libtpu"
-)
+has_compiler = pytest.mark.skipif(tpu.compiler_problem() is not None, reason=str(tpu.compiler_problem()))
 
 
 def aot(function):
@@ -171,6 +173,52 @@ def test_unknown_names_are_refused(arguments, message, capsys):
     with pytest.raises(SystemExit):
         tpu.parse(arguments)
     assert message in capsys.readouterr().err
+
+
+def test_a_compiler_too_old_for_all_programs_is_refused(monkeypatch):
+    monkeypatch.setattr(tpu.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(tpu.metadata, "version", lambda name: "0.0.42.1")
+    assert "libtpu 0.0.42.1 overflows its stack" in tpu.compiler_problem()
+    monkeypatch.setattr(tpu.metadata, "version", lambda name: "0.0.100")
+    assert tpu.compiler_problem() is None
+
+
+WITH_CHECKOUT = {**os.environ, "PYTHONPATH": str(tpu.ROOT)}
+
+
+def alive(process: int) -> bool:
+    """Whether a process still runs; one that ended and waits for its parent does not."""
+    try:
+        return pathlib.Path(f"/proc/{process}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+BUSY = """
+import os, time
+from benchmarks import tpu
+
+def busy(task, known):
+    print(os.getpid(), flush=True)
+    time.sleep(600)
+
+if __name__ == "__main__":
+    tpu.work = busy
+    tpu._alone(None, {})
+"""
+
+
+def test_a_killed_run_leaves_no_compiler_behind(tmp_path):
+    script = tmp_path / "busy.py"
+    script.write_text(BUSY)
+    with subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, text=True, env=WITH_CHECKOUT) as parent:
+        child = int(parent.stdout.readline())
+        assert alive(child)
+        parent.send_signal(signal.SIGKILL)
+    patience = time.monotonic() + 20
+    while alive(child) and time.monotonic() < patience:
+        time.sleep(0.1)
+    assert not alive(child)
 
 
 # --- blocks of rows that devices share ----------------------------------------------------------------------------
