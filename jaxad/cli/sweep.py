@@ -66,9 +66,10 @@ def sweep(
       out: folder of the sweep; a new one below runs/ if not given.
       quiet: print nothing.
     """
-    from jaxad import files
+    from jaxad import distributed, files
     from jaxad.members import use_all_cores
 
+    distributed.check_alone("sweep")
     use_all_cores()
     if workers:  # else this process, which computes nothing, takes most of the memory of an accelerator beforehand
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
