@@ -93,6 +93,11 @@ def run_request(
         raise ValueError(
             f"sweep: jax runs in {jax.process_count()} processes; expected one. Start it once and pass --workers N."
         )
+    if workers and limits.mesh is not None:
+        raise ValueError(
+            f"--mesh with --workers {workers}: a mesh is of the devices here, and workers have others; expected one of "
+            "the two. Leave --mesh out: each worker spreads its members over all devices that it has."
+        )
     if metric is not None and metric not in METRICS:
         raise ValueError(f"--metric {metric!r} is unknown; expected one of {', '.join(METRICS)}. Pass --metric aupro.")
     method = methods.get(request.base.method)

@@ -176,6 +176,7 @@ def test_without_pyarrow_the_table_is_csv(finished, command, monkeypatch):
         (["--mesh", "run=64"], ["needs 64 devices", "the 4 devices here"]),
         (["--mesh", "data=3"], ["--mesh data=3: phase 'train' has batches of ", "Pass --mesh data="]),
         (["--workers", "-1"], ["--workers -1", "at least 0 workers"]),
+        (["--mesh", "run=2", "--workers", "2", "--data", "nowhere"], ["--mesh with --workers 2", "Leave --mesh out"]),
         (["--members", "0"], ["--members 0", "1 member at a time"]),
     ],
 )
