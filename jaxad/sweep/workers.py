@@ -5,7 +5,9 @@ A worker that dies loses the group it was computing, nothing else: ray starts it
 
 from __future__ import annotations
 
+import dataclasses
 import logging
+import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -14,7 +16,7 @@ import jax
 from jaxad.console import Console
 from jaxad.sweep import engine
 from jaxad.sweep.engine import Group, Limits
-from jaxad.sweep.grid import Request
+from jaxad.sweep.grid import Member, Request
 
 _RETRIES = 3  # of a group whose worker died
 _LOOK = 10.0  # seconds between looks at whether the cluster can still hold a worker
@@ -54,7 +56,7 @@ def compute_groups(
     """Computes groups in worker processes and hands each one's rows to `keep`.
 
     Args:
-      request: of the sweep; workers make members and data of it, so paths must mean the same there.
+      request: of the sweep; workers make members and data of it, so absolute paths must mean the same there.
       groups: to compute; large ones are shared out if there are fewer groups than workers.
       keep: called with the rows of each finished group, here.
       limits: how members are computed together in a worker; without a mesh, each worker spreads its members over all
@@ -65,13 +67,16 @@ def compute_groups(
     Raises:
       ValueError: ray is not installed, its cluster cannot hold a worker, or the workers of some groups died again and
         again; the rest is computed.
+      Exception: what the code of a worker raised; the groups that were being computed then are kept, none is begun.
     """
     ray = _start_ray()
     slot = slot_of(_living(ray), workers)
     task = ray.remote(max_retries=_RETRIES, num_cpus=slot.cores, num_gpus=slot.gpus)(compute_share)
+    paths = {data: absolute(data) for data in request.data}
     waiting = share_out(groups, workers)
     running: dict[Any, Share] = {}
     lost: list[Share] = []
+    failed: list[Any] = []
     done, total = 0, len(waiting)
     console.say(f"{total} groups for {workers} workers over ray")
     console.progress("groups", 0, total)
@@ -79,13 +84,16 @@ def compute_groups(
         while waiting or running:
             while waiting and len(running) < workers:
                 share = waiting.pop(0)
-                running[task.remote(request.to_json(), share, limits, slot)] = share
+                running[task.remote(request.to_json(), paths, share, limits, slot)] = share
             finished = _next(ray, list(running), slot)
             share = running.pop(finished)
             try:
                 found = ray.get(finished)
-            except ray.exceptions.RayTaskError:
-                raise  # what the worker's own code raised, others would too
+            except ray.exceptions.RayTaskError as error:
+                failed.append(error)
+                waiting.clear()  # what the worker's own code raised, others may too
+                others = f"; {len(running)} more are waited for" if running else ""
+                console.say(f"group {share.number + 1} failed{others}")
             except ray.exceptions.RayError as error:
                 lost.append(share)
                 console.say(f"group {share.number + 1} is lost with its worker: {type(error).__name__}")
@@ -98,6 +106,8 @@ def compute_groups(
     finally:
         for reference in running:
             ray.cancel(reference, force=True)
+    if failed:
+        raise failed[0].cause from failed[0]
     if lost:
         raise ValueError(
             f"the workers of {len(lost)} of {total} groups died {_RETRIES + 1} times, perhaps for want of memory; "
@@ -175,6 +185,12 @@ def _next(ray: Any, running: list[Any], slot: Slot) -> Any:
             )
 
 
+def absolute(data: str) -> str:
+    """A path as workers, which may have been started in another folder, must be told it; names stay as they are."""
+    is_name = data.partition(":")[0] == "synthetic" or data.startswith("tfds:")
+    return data if is_name else os.path.abspath(data)
+
+
 # --- a worker -----------------------------------------------------------------------------------------------------
 
 
@@ -189,11 +205,14 @@ class _Remarks(Console):
         self.said.append(text)
 
 
-def compute_share(request: dict[str, Any], share: Share, limits: Limits, slot: Slot) -> Computed:
+def compute_share(
+    request: dict[str, Any], paths: Mapping[str, str], share: Share, limits: Limits, slot: Slot
+) -> Computed:
     """What one worker does.
 
     Args:
       request: as JSON.
+      paths: where the request's data are, see `absolute`.
       share: what to compute.
       limits: see `compute_groups`.
       slot: what this process has of its node.
@@ -205,11 +224,17 @@ def compute_share(request: dict[str, Any], share: Share, limits: Limits, slot: S
     members.use_all_cores(slot.cores)
     asked = grid.from_json(request)
     method = methods.get(asked.base.method)
-    everyone = grid.members_of(method, asked)
-    group = Group(share.number, [everyone[number] for number in share.members])
+    everyone = grid.members_of(method, asked)  # of the paths as given: tables name data by them
+    group = Group(share.number, [_at(everyone[number], paths) for number in share.members])
     limits, remarks = _share_memory(limits, len(group.members), slot.neighbours), _Remarks()
     parts = engine.compute_group(method, group, Library(), limits=limits, console=remarks)
     return Computed([row for part in parts for row in part.rows], remarks.said)
+
+
+def _at(member: Member, paths: Mapping[str, str]) -> Member:
+    """The member with its data where this process finds them."""
+    chosen = member.settings
+    return dataclasses.replace(member, settings=dataclasses.replace(chosen, data=paths[chosen.data]))
 
 
 def _share_memory(limits: Limits, members: int, neighbours: int) -> Limits:

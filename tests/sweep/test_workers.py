@@ -9,11 +9,14 @@ import threading
 import types
 
 import jax
+import numpy as np
 import pytest
+from PIL import Image
 
 from jaxad import methods, settings
 from jaxad.cli import main
 from jaxad.console import Console
+from jaxad.data import DataError
 from jaxad.sweep import Limits, Request, engine, workers
 from jaxad.sweep.engine import Group
 from jaxad.sweep.folder import TIMINGS
@@ -83,7 +86,7 @@ def test_neighbours_share_the_memory_and_say_how_many_members_fit(monkeypatch):
     monkeypatch.setitem(methods.METHODS, "toy", "toy")
     monkeypatch.setattr(engine, "_available_memory", lambda: 8 * 2**30)
     request, limits = small_request("synthetic").to_json(), Limits()
-    computed = workers.compute_share(request, Share(2, [0, 1]), limits, Slot(2, 0, 4))
+    computed = workers.compute_share(request, {"synthetic": "synthetic"}, Share(2, [0, 1]), limits, Slot(2, 0, 4))
     assert [row["member"] for row in computed.rows] == [0, 1]
     (said,) = computed.said
     # 85 % of 8 GiB for four processes with two devices each
@@ -116,7 +119,7 @@ class Tasks:
         self.needs = needs
         return lambda function: types.SimpleNamespace(remote=self.begin)
 
-    def begin(self, request, share, limits, slot):
+    def begin(self, request, paths, share, limits, slot):
         self.begun.append(share.number)
         return share.number
 
@@ -152,6 +155,15 @@ def test_rows_are_kept_and_remarks_printed(monkeypatch):
     assert kept == [{"member": number} for number in range(4)]
     assert all(f"group {number}: fits\n" in tasks.said for number in (1, 2, 3, 4))
     assert tasks.needs == {"max_retries": 3, "num_cpus": 2, "num_gpus": 0}
+
+
+def test_an_error_in_one_group_is_raised_once_those_that_run_are_kept(monkeypatch):
+    error = pytest.importorskip("ray").exceptions.RayTaskError("compute_share", "Traceback", ValueError("too large"))
+    tasks, kept = Tasks([{"CPU": 2}], {0: error, 1: Computed([{"member": 1}], [])}), []
+    with pytest.raises(ValueError, match="^too large$") as raised:
+        compute(monkeypatch, tasks, kept)
+    assert type(raised.value) is ValueError and kept == [{"member": 1}] and tasks.begun == [0, 1]
+    assert "group 1 failed; 1 more are waited for" in tasks.said
 
 
 def test_workers_whose_nodes_have_gone_are_not_waited_for(monkeypatch):
@@ -256,3 +268,24 @@ def test_a_worker_that_dies_for_good_loses_only_its_group(expected, tmp_path, mo
     main([*COMMAND, "--workers", "2", "--out", str(tmp_path)])
     assert {part: part.stat().st_mtime_ns for part in kept} == kept
     assert_same(table(tmp_path), expected)
+
+
+@pytest.mark.slow
+def test_workers_elsewhere_find_relative_paths_and_their_errors_are_plain(tmp_path, monkeypatch):
+    pytest.importorskip("ray")
+    workers._start_ray()  # in another folder than the sweep
+    monkeypatch.chdir(tmp_path)
+    draw = np.random.default_rng(0)
+    for part, count in (("train/good", 20), ("test/good", 2), ("test/hole", 2)):
+        folder = tmp_path / "cloth" / part
+        folder.mkdir(parents=True)
+        for i in range(count):
+            Image.fromarray(draw.integers(90, 140, (16, 16, 3), np.uint8)).save(folder / f"{i}.png")
+    config = {"encoder": "4,8", "decoder": "4", "steps": "2"}
+    base = settings.Settings(method="memae", preset="tiny", image_size=16, config=config)
+    request, kept = Request(base, ("nowhere", "cloth"), seeds=(0,)), []
+    groups = [Group(number, [Numbered(number)]) for number in (0, 1)]
+    with pytest.raises(DataError, match=f"^{tmp_path}/nowhere: no such file or folder") as raised:
+        workers.compute_groups(request, groups, kept.extend, limits=Limits(), workers=2, console=Console(quiet=True))
+    assert type(raised.value) is DataError
+    assert [(row["member"], row["data"]) for row in kept] == [(1, "cloth")]
