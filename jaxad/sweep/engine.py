@@ -21,10 +21,10 @@ from jaxad.measure import figures
 from jaxad.members import Members, Programs, default_way, one_of
 from jaxad.sweep.grid import Member, static_key
 from jaxad.sweep.member import Ask, Outcome, new_histogram, run_pieces, tally_program
+from jaxad.sweep.memory import free_bytes
 from jaxad.sweep.stack import Library, Loaded, Stack
 
 _NUMBERS = (float, int, np.generic, type(None))
-_HEADROOM = 0.85  # of the free memory: programs are not all that lives there
 
 
 class Limits(NamedTuple):
@@ -311,27 +311,6 @@ class _Work:
             return shapes
         there = NamedSharding(self.mesh, PartitionSpec("run"))
         return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=there), shapes)
-
-
-def free_bytes(mesh: Mesh | None) -> int | None:
-    """Memory that programs may use on each device; None if the device does not tell."""
-    device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
-    if device.platform == "cpu":
-        total = _available_memory()
-        return None if total is None else int(total * _HEADROOM / (1 if mesh is None else mesh.size))
-    facts = device.memory_stats() or {}
-    if "bytes_limit" not in facts:
-        return None
-    return int((facts["bytes_limit"] - facts.get("bytes_in_use", 0)) * _HEADROOM)
-
-
-def _available_memory() -> int | None:
-    try:
-        with open("/proc/meminfo", encoding="ascii") as file:
-            facts = dict(line.split(":", 1) for line in file)
-        return int(facts["MemAvailable"].split()[0]) * 1024
-    except (OSError, KeyError, ValueError):
-        return None
 
 
 def _gib(count: int) -> str:
