@@ -129,6 +129,18 @@ def is_out_of_memory(error: BaseException) -> bool:
     return "RESOURCE_EXHAUSTED" in text or "out of memory" in text.lower()
 
 
+def spread(total: int, most: int, devices: int) -> int:
+    """How many of `total` members to compute at a time if `most` of them may be: a multiple of the devices.
+
+    Each device has its share of a chunk, chunk after chunk, and a place left empty in the last one costs as much as a
+    member; so the fewest places in all, and the largest such chunk. Never below half of what may be: small chunks leave
+    accelerators idle.
+    """
+    rounds = -(-total // devices)
+    largest = rounds if most >= total else max(most // devices, 1)
+    return devices * min(range(largest, largest // 2, -1), key=lambda share: _up(rounds, share))
+
+
 def _mean(values: np.ndarray) -> float:
     """Of the finite values; NaN without any."""
     finite = values[np.isfinite(values)]
@@ -240,17 +252,18 @@ class _Work:
     # --- memory ---------------------------------------------------------------------------------------------------
 
     def chunk_size(self) -> int:
-        """How many members to compute at a time: as many as fit, evenly spread over chunks."""
-        total, most = len(self.group.members), self.limits.members or len(self.group.members)
+        """How many members to compute at a time: all of them, or else as many as fit and leave few places empty."""
+        total = len(self.group.members)
         budget = self.limits.budget or free_bytes(self.mesh)
-        size = self._even(min(total, most))
+        size = asked = spread(total, self.limits.members or total, self.devices)
         while smaller := self._smaller(size, budget):
             size = smaller
         need = self._programs(size).bytes
         chunks = -(-total // size)
         where = f" on each of {self.devices} devices" if self.devices > 1 else ""
         free = f" of {_gib(budget)}" if budget is not None else ""
-        many = "at once" if chunks == 1 else f"in {chunks} chunks of {size}"
+        why = "as asked" if size == asked else "to fit the memory"
+        many = "at once" if chunks == 1 else f"in {chunks} chunks of {size}, {why}"
         compiled = f"compiled in {self._programs(size).seconds:.1f} s"
         self.console.say(
             f"group {self.group.number + 1}: {total} members {many}: {_gib(need)}{free}{where}; {compiled}"
@@ -272,13 +285,7 @@ class _Work:
             each = max((need - least) / (size - self.devices), 1)
             fitting = self.devices + int(max(budget - least, 0) / each)
         self.programs.pop(size, None)
-        return self._even(max(self.devices, min(fitting, size - self.devices)))
-
-    def _even(self, most: int) -> int:
-        """At most `most` members at a time, or one on each device, in chunks of about the same size."""
-        total, devices = len(self.group.members), self.devices
-        largest = max(most // devices * devices, devices)
-        return _up(-(-total // -(-total // largest)), devices)
+        return spread(len(self.group.members), min(fitting, size - self.devices), self.devices)
 
     def _need(self, count: int) -> int:
         """Bytes on each device that `count` members need, from their compiled programs."""

@@ -1,5 +1,6 @@
 """Sweeps of a small method: members equal lone runs, chunks fit the memory, killed sweeps go on."""
 
+import io
 import json
 import math
 import pathlib
@@ -122,11 +123,34 @@ def test_what_does_not_fit_by_its_programs_is_computed_in_chunks(expected):
     one_device = shard.make_mesh(devices=jax.devices()[:1])
     _, library, (group,) = asked()
     work = engine._Work(toy.METHOD, group, library, engine.Limits(mesh=one_device), engine.Console(quiet=True))
-    # as much as three members need: eight go in three chunks of three, three and two
-    limits = engine.Limits(mesh=one_device, budget=work._need(3))
-    found = list(engine.compute_group(toy.METHOD, group, library, limits=limits))
-    assert [len(part.members) for part in found] == [3, 3, 2]
+    # as much as three members need: eight in chunks of three would leave a place empty, in chunks of two none
+    limits, said = engine.Limits(mesh=one_device, budget=work._need(3)), io.StringIO()
+    found = list(engine.compute_group(toy.METHOD, group, library, limits=limits, console=engine.Console(log=said)))
+    assert [len(part.members) for part in found] == [2, 2, 2, 2]
+    assert "8 members in 4 chunks of 2, to fit the memory: " in said.getvalue()
     assert_equal_rows([row for part in found for row in part.rows], expected, rel=1e-3, abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("total", "devices", "most", "size"),
+    [
+        *((16, 6, 16, 18), (8, 3, 8, 9), (20, 8, 20, 24), (20, 3, 20, 21), (16, 2, 16, 16)),  # all fit: one chunk
+        *((16, 6, 15, 12), (8, 3, 5, 3), (8, 3, 2, 3), (20, 4, 19, 12), (9, 1, 4, 3), (8, 1, 1, 1)),
+        (7, 1, 6, 4),  # 8 places; chunks of 6 and 5 have 12 and 10, and of 1, which have 7, would be small
+        (12, 1, 11, 6),
+    ],
+)
+def test_chunks_leave_few_places_empty(total, devices, most, size):
+    assert engine.spread(total, most, devices) == size
+
+
+def test_members_that_fit_are_computed_at_once_on_devices_that_do_not_divide_them(monkeypatch):
+    monkeypatch.setattr(engine._Work, "_need", lambda work, count: 0)
+    _, library, (group,) = asked()
+    for members, size, told in ((None, 9, "at once"), (8, 9, "at once"), (5, 3, "in 3 chunks of 3, as asked")):
+        limits, said = engine.Limits(mesh=shard.make_mesh(run=3), members=members), io.StringIO()
+        work = engine._Work(toy.METHOD, group, library, limits, engine.Console(log=said))
+        assert work.chunk_size() == size and f"8 members {told}: " in said.getvalue()
 
 
 @pytest.mark.parametrize("while_compiling", [True, False])
