@@ -18,9 +18,17 @@ from jaxad.core import Method, Source, as_arrays, spec_of
 from jaxad.detector import batch_size_for
 from jaxad.files import plain
 from jaxad.measure import figures
-from jaxad.members import Members, Programs, default_way, one_of
+from jaxad.members import Members, Programs, bytes_of, default_way, one_of
 from jaxad.sweep.grid import Member, static_key
-from jaxad.sweep.member import Ask, Outcome, new_histogram, run_pieces, tally_program
+from jaxad.sweep.member import (
+    Ask,
+    Outcome,
+    calibrate_program,
+    holdout_program,
+    new_histogram,
+    run_pieces,
+    tally_program,
+)
 from jaxad.sweep.memory import free_bytes
 from jaxad.sweep.stack import Library, Loaded, Stack
 
@@ -309,7 +317,22 @@ class _Work:
             pixels = None if ask.truth is None else self._shapes(jax.vmap(lambda key: new_histogram({})), keys)
             args = state, data["test"], ask.truth, pixels, np.int32(0)
             tally_program(programs, args, method=self.method, batch_size=self._batch_size())
+        if "holdout" in data:
+            programs.bytes = max(programs.bytes, self._calibrating(programs, state, data["holdout"], ask))
         return programs.bytes
+
+    def _calibrating(self, programs: Programs, state: Any, held: Source, ask: Ask) -> int:
+        """Bytes on each device while members are calibrated, when the maps of all held-out samples are kept."""
+        size = self._batch_size()
+        score = holdout_program(programs, (state, held, np.int32(0)), method=self.method, batch_size=size)
+        pieces = [score.out_info] * -(-len(one_of(held)) // size)
+        sort = calibrate_program(programs, (pieces, ask.places))
+        # Neither program knows what stays on the device beside its own arguments.
+        return max(bytes_of(score) + self._share(pieces), bytes_of(sort) + self._share(state))
+
+    def _share(self, tree: Any) -> int:
+        """Bytes on each device of what is stacked for members."""
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree)) // self.devices
 
     def _shapes(self, function: Callable, *args: Any) -> Any:
         """Shapes of stacked results, where the programs would put them."""

@@ -160,25 +160,33 @@ def tally_program(programs: Programs, args: tuple, *, method: Method, batch_size
     )
 
 
-def _calibrate(state, held, ask, method, programs, batch_size) -> dict[str, Array]:
-    score, pieces = None, []
-    for first in _firsts(one_of(held), batch_size):
-        score = score or programs.compile(
-            ("holdout",),
-            lambda s, d, f: score_at(s, d, f, method=method, batch_size=batch_size),
-            (0, axes_of(held), None),
-            (),
-            state,
-            held,
-            first,
-        )
-        pieces.append(score(state, held, first))
+def holdout_program(programs: Programs, args: tuple, *, method: Method, batch_size: int) -> jax.stages.Compiled:
+    """The program of `score_at` for members; args may be shapes: state, source, first sample."""
+    return programs.compile(
+        ("holdout", batch_size),
+        lambda s, d, f: score_at(s, d, f, method=method, batch_size=batch_size),
+        (0, axes_of(args[1]), None),
+        (),
+        *args,
+    )
+
+
+def calibrate_program(programs: Programs, args: tuple) -> Callable:
+    """The program of `calibrate` for members; args may be shapes: what `score_at` gave, a list, and `Ask.places`."""
 
     def join(pieces, places):
         scores, valid = jax.tree.map(lambda *parts: jnp.concatenate(parts), *pieces)
         return calibrate(scores, valid, places)
 
-    return programs.compile(("calibrate",), join, (0, 0), (), pieces, ask.places)(pieces, ask.places)
+    return programs.compile(("calibrate",), join, (0, 0), (), *args)
+
+
+def _calibrate(state, held, ask, method, programs, batch_size) -> dict[str, Array]:
+    pieces = []
+    for first in _firsts(one_of(held), batch_size):
+        args = state, held, first
+        pieces.append(holdout_program(programs, args, method=method, batch_size=batch_size)(*args))
+    return calibrate_program(programs, (pieces, ask.places))(pieces, ask.places)
 
 
 def score_at(state: Any, source: Source, first: Array, *, method: Method, batch_size: int) -> tuple[Scores, Array]:

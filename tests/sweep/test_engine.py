@@ -15,7 +15,7 @@ import pytest
 import toy
 from conformance import CLOSE
 
-from jaxad import methods, metrics, score, shard, sweep, train
+from jaxad import members, methods, metrics, score, shard, sweep, train
 from jaxad.cli import main
 from jaxad.core import as_arrays
 from jaxad.data import load
@@ -131,6 +131,20 @@ def test_what_does_not_fit_by_its_programs_is_computed_in_chunks(expected):
     assert_equal_rows([row for part in found for row in part.rows], expected, rel=1e-3, abs=1e-3)
 
 
+def test_maps_of_held_out_pictures_count_and_nothing_is_compiled_twice():
+    base = sweep.api.settings.Settings(method="toy", image_size=64, holdout=0.9, config={"steps": 1})
+    library, everyone = stack.Library(), grid.members_of(toy.METHOD, sweep.Request(base, seeds=(0,)))
+    (group,) = engine.groups_of(toy.METHOD, everyone, library)
+    work = engine._Work(toy.METHOD, group, library, engine.Limits(), engine.Console(quiet=True))
+    need, made = work._need(1), dict(work._programs(1)._made)
+    size = {label[0]: members.bytes_of(program) for (label, *_), program in made.items()}
+    assert size["calibrate"] > 2 * 230 * 64 * 64 * 4 and size["calibrate"] > max(size["step"], size["tally"])
+    assert need > size["calibrate"]  # the detector stays on the device beside it
+    work.compute(group.members, 1)
+    later = {label[0] for label, *_ in work._programs(1)._made.keys() - made.keys()}
+    assert later == {"init", "finish", "pixel"}
+
+
 @pytest.mark.parametrize(
     ("total", "devices", "most", "size"),
     [
@@ -147,8 +161,8 @@ def test_chunks_leave_few_places_empty(total, devices, most, size):
 def test_members_that_fit_are_computed_at_once_on_devices_that_do_not_divide_them(monkeypatch):
     monkeypatch.setattr(engine._Work, "_need", lambda work, count: 0)
     _, library, (group,) = asked()
-    for members, size, told in ((None, 9, "at once"), (8, 9, "at once"), (5, 3, "in 3 chunks of 3, as asked")):
-        limits, said = engine.Limits(mesh=shard.make_mesh(run=3), members=members), io.StringIO()
+    for most, size, told in ((None, 9, "at once"), (8, 9, "at once"), (5, 3, "in 3 chunks of 3, as asked")):
+        limits, said = engine.Limits(mesh=shard.make_mesh(run=3), members=most), io.StringIO()
         work = engine._Work(toy.METHOD, group, library, limits, engine.Console(log=said))
         assert work.chunk_size() == size and f"8 members {told}: " in said.getvalue()
 
