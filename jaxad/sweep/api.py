@@ -16,7 +16,7 @@ from jaxad.core import Method
 from jaxad.sweep import stats
 from jaxad.sweep.engine import Group, Limits, compute_group, groups_of
 from jaxad.sweep.folder import Folder
-from jaxad.sweep.grid import Member, Request, find_cell, members_of
+from jaxad.sweep.grid import Member, Request, find_cell, members_of, python_value
 from jaxad.sweep.stack import Library
 
 METRICS = ("image_auroc", "image_ap", "image_f1max", "pixel_auroc", "pixel_ap", "pixel_f1max", "aupro", "aupro_005")
@@ -63,15 +63,16 @@ def run(
     Raises:
       ValueError: settings or data that cannot work, a folder that holds something else.
     """
+    seeds, normal_class, options = python_value(seeds), python_value(normal_class), python_value(options)
     fields = {field.name for field in dataclasses.fields(settings.Settings)} - {"method", "data", "config"}
     chosen = {name: value for name, value in options.items() if name in fields}
     config = {name: value for name, value in options.items() if name not in fields}
-    several = normal_class if isinstance(normal_class, list | tuple) else (normal_class,)
+    several = normal_class if isinstance(normal_class, tuple) else (normal_class,)
     request = Request(
         base=settings.Settings(method=method, config=config, **chosen),
         data=(data,) if isinstance(data, str) else tuple(data),
         normal_classes=tuple(several),
-        grid={name: tuple(values) for name, values in (grid or {}).items()},
+        grid={name: tuple(map(python_value, values)) for name, values in (grid or {}).items()},
         seeds=tuple(range(seeds)) if isinstance(seeds, int) else tuple(seeds),
     )
     return run_request(request, out, metric=metric, base=base, limits=limits, workers=workers, console=console)

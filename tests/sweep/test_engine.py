@@ -116,6 +116,19 @@ def test_members_are_grouped_by_what_is_compiled_in():
     assert dict(everyone[6].axes) == {"noise": 0.3, "steps": 3}
 
 
+def test_values_from_numpy_ask_for_the_same_as_those_of_python(monkeypatch):
+    requests = []
+    monkeypatch.setattr(sweep.api, "run_request", lambda request, *rest, **options: requests.append(request.to_json()))
+    numbers = {"image_size": np.int64(16), "fpr": np.float64(0.02), "batch_size": np.int32(4)}
+    axes = {"steps": np.arange(2, 4), "noise": list(np.float32([0.25, 0.5])), "learning_rate": jnp.ones(1)}
+    sweep.run("toy", grid=axes, seeds=np.arange(3), normal_class=np.arange(2), **numbers)
+    sweep.run("toy", seeds=np.int64(2), normal_class=np.int64(1))
+    axes = {"steps": [2, 3], "noise": [0.25, 0.5], "learning_rate": [1.0]}
+    sweep.run("toy", grid=axes, seeds=[0, 1, 2], normal_class=[0, 1], image_size=16, fpr=0.02, batch_size=4)
+    sweep.run("toy", seeds=2, normal_class=1)
+    assert requests[:2] == requests[2:]
+
+
 # --- memory ---------------------------------------------------------------------------------------------------------
 
 
