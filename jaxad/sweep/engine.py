@@ -218,7 +218,8 @@ class _Work:
         return [{**self._row(member, outcome, i), **timing} for i, member in enumerate(members)]
 
     def _batch_size(self) -> int:
-        return batch_size_for(next(iter(self.data.values())).spec)
+        """Samples scored at a time, as many on each of the devices that share a batch."""
+        return _up(batch_size_for(next(iter(self.data.values())).spec), getattr(self.place_batch, "devices", 1))
 
     def _arguments(self, members: Sequence[Member], programs: Programs) -> tuple[Any, Any, dict[str, Source], Ask]:
         """What `run_pieces` takes, on the device."""
@@ -316,15 +317,15 @@ class _Work:
         if "test" in data:
             pixels = None if ask.truth is None else self._shapes(jax.vmap(lambda key: new_histogram({})), keys)
             args = state, data["test"], ask.truth, pixels, np.int32(0)
-            tally_program(programs, args, method=self.method, batch_size=self._batch_size())
+            tally_program(programs, args, method=self.method, batch_size=self._batch_size(), place=self.place_batch)
         if "holdout" in data:
             programs.bytes = max(programs.bytes, self._calibrating(programs, state, data["holdout"], ask))
         return programs.bytes
 
     def _calibrating(self, programs: Programs, state: Any, held: Source, ask: Ask) -> int:
         """Bytes on each device while members are calibrated, when the maps of all held-out samples are kept."""
-        size = self._batch_size()
-        score = holdout_program(programs, (state, held, np.int32(0)), method=self.method, batch_size=size)
+        size, place = self._batch_size(), self.place_batch
+        score = holdout_program(programs, (state, held, np.int32(0)), method=self.method, batch_size=size, place=place)
         pieces = [score.out_info] * -(-len(one_of(held)) // size)
         sort = calibrate_program(programs, (pieces, ask.places))
         # Neither program knows what stays on the device beside its own arguments.

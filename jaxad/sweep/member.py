@@ -15,8 +15,9 @@ import numpy as np
 from jax import lax
 
 from jaxad import metrics, train
-from jaxad.core import Array, Method, Scores, Source, frames_of, take
+from jaxad.core import Array, Batch, Method, Scores, Source, frames_of, take
 from jaxad.members import Programs, axes_of, one_of
+from jaxad.ops.blocks import rows_over
 
 
 class Truth(NamedTuple):
@@ -71,14 +72,14 @@ def whole_run(
     if ask.places is not None:
         held = data["holdout"]
         scores, valid = lax.map(
-            lambda first: score_at(state, held, first, method=method, batch_size=batch_size),
+            lambda first: score_at(state, held, first, method=method, batch_size=batch_size, place=place),
             _firsts(held, batch_size),
         )
         calibration = calibrate(_joined(scores), valid.ravel(), ask.places)
     test = data["test"]
     pixels = new_histogram(calibration) if ask.truth is not None else None
     pixels, scored = lax.scan(
-        lambda p, first: tally_at(state, test, ask.truth, p, first, method=method, batch_size=batch_size),
+        lambda p, first: tally_at(state, test, ask.truth, p, first, method=method, batch_size=batch_size, place=place),
         pixels,
         _firsts(test, batch_size),
     )
@@ -126,7 +127,9 @@ def run_pieces(
         if progress.position.step == 0 and progress.position.phase < len(phases):
             phase = phases[progress.position.phase]
             show(phase.name, 0, train.num_steps(phase, len(one_of(data[phase.source]))), {})
-    calibration = {} if ask.places is None else _calibrate(state, data["holdout"], ask, method, programs, batch_size)
+    calibration = {}
+    if ask.places is not None:
+        calibration = _calibrate(state, data["holdout"], ask, method, programs, batch_size, place)
     held = jax.device_get(calibration)  # before its median is given away as the centre of the histogram
     if "test" not in data:
         none = np.zeros((keys.shape[0], 0), np.float32)
@@ -138,7 +141,7 @@ def run_pieces(
     scored, firsts = [], _firsts(one_of(test), batch_size)
     for done, first in enumerate(firsts):
         args = state, test, ask.truth, pixels, first
-        pixels, parts = tally_program(programs, args, method=method, batch_size=batch_size)(*args)
+        pixels, parts = tally_program(programs, args, method=method, batch_size=batch_size, place=place)(*args)
         scored.append(jax.device_get(parts))
         show("score", done + 1, len(firsts), {})
     size = len(one_of(test))
@@ -149,22 +152,26 @@ def run_pieces(
     return Outcome(image, map_max, map_mean, jax.device_get(pixel), held, last)
 
 
-def tally_program(programs: Programs, args: tuple, *, method: Method, batch_size: int) -> Callable:
+def tally_program(
+    programs: Programs, args: tuple, *, method: Method, batch_size: int, place: Callable = train.unplaced
+) -> Callable:
     """The program of `tally_at` for members; args may be shapes: state, source, truth, histogram, first sample."""
     return programs.compile(
         ("tally", batch_size),
-        lambda s, d, t, p, f: tally_at(s, d, t, p, f, method=method, batch_size=batch_size),
+        lambda s, d, t, p, f: tally_at(s, d, t, p, f, method=method, batch_size=batch_size, place=place),
         (0, axes_of(args[1]), None, 0, None),
         (3,),
         *args,
     )
 
 
-def holdout_program(programs: Programs, args: tuple, *, method: Method, batch_size: int) -> jax.stages.Compiled:
+def holdout_program(
+    programs: Programs, args: tuple, *, method: Method, batch_size: int, place: Callable
+) -> jax.stages.Compiled:
     """The program of `score_at` for members; args may be shapes: state, source, first sample."""
     return programs.compile(
         ("holdout", batch_size),
-        lambda s, d, f: score_at(s, d, f, method=method, batch_size=batch_size),
+        lambda s, d, f: score_at(s, d, f, method=method, batch_size=batch_size, place=place),
         (0, axes_of(args[1]), None),
         (),
         *args,
@@ -181,18 +188,20 @@ def calibrate_program(programs: Programs, args: tuple) -> Callable:
     return programs.compile(("calibrate",), join, (0, 0), (), *args)
 
 
-def _calibrate(state, held, ask, method, programs, batch_size) -> dict[str, Array]:
+def _calibrate(state, held, ask, method, programs, batch_size, place) -> dict[str, Array]:
     pieces = []
     for first in _firsts(one_of(held), batch_size):
         args = state, held, first
-        pieces.append(holdout_program(programs, args, method=method, batch_size=batch_size)(*args))
+        pieces.append(holdout_program(programs, args, method=method, batch_size=batch_size, place=place)(*args))
     return calibrate_program(programs, (pieces, ask.places))(pieces, ask.places)
 
 
-def score_at(state: Any, source: Source, first: Array, *, method: Method, batch_size: int) -> tuple[Scores, Array]:
+def score_at(
+    state: Any, source: Source, first: Array, *, method: Method, batch_size: int, place: Callable = train.unplaced
+) -> tuple[Scores, Array]:
     """Scores the samples from `first` on: (Scores of B samples, which of them exist, (B,) bool)."""
-    rows, valid = _rows_at(source, first, batch_size)
-    return method.score(state, take(source, rows)[0]), valid
+    batch = _batch_at(source, first, batch_size)
+    return _scores(method, state, batch, place), batch.valid
 
 
 def tally_at(
@@ -204,6 +213,7 @@ def tally_at(
     *,
     method: Method,
     batch_size: int,
+    place: Callable = train.unplaced,
 ) -> tuple[metrics.Histogram | None, tuple[Array, Array, Array]]:
     """Scores and measures the samples from `first` on.
 
@@ -211,12 +221,12 @@ def tally_at(
       (the histogram with their pixels, (image scores, maxima and means of the maps), (B,) each). Rows beyond the
       source repeat its last one; their pixels are not counted.
     """
-    rows, valid = _rows_at(source, first, batch_size)
-    scores = method.score(state, take(source, rows)[0])
+    batch = _batch_at(source, first, batch_size)
+    scores = _scores(method, state, batch, place)
     if truth is not None and pixels is not None:
-        frames = frames_of(source, rows)
+        frames = frames_of(source, batch.index)
         weights = truth.weights[frames]
-        pixels = metrics.add(pixels, scores.map, weights > 0, weights, valid & truth.trusted[frames])
+        pixels = metrics.add(pixels, scores.map, weights > 0, weights, batch.valid & truth.trusted[frames])
     return pixels, (scores.image, scores.map.max(axis=(1, 2)), scores.map.mean(axis=(1, 2)))
 
 
@@ -251,10 +261,18 @@ def _order(values: Array, valid: Array, place: Array) -> tuple[Array, Array]:
     return jnp.where(jnp.isnan(ordered[count - 1]), jnp.nan, median), ordered[place]
 
 
-def _rows_at(source: Source, first: Array, batch_size: int) -> tuple[Array, Array]:
+def _batch_at(source: Source, first: Array, batch_size: int) -> Batch:
+    """The samples from `first` on; rows beyond the source repeat its last one, `index` too."""
     size = len(source) if source.size is None else source.size
     rows = first + jnp.arange(batch_size, dtype=jnp.int32)
-    return jnp.minimum(rows, size - 1), rows < size
+    index = jnp.minimum(rows, size - 1)
+    return Batch(*take(source, index), index=index, valid=rows < size)
+
+
+def _scores(method: Method, state: Any, batch: Batch, place: Callable) -> Scores:
+    """Scores of a batch, which `place` splits over devices as it does in training."""
+    with rows_over(getattr(place, "devices", 1)):
+        return method.score(state, place(batch).image)
 
 
 def _firsts(source: Source, batch_size: int) -> np.ndarray:

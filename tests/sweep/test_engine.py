@@ -19,6 +19,7 @@ from jaxad import members, methods, metrics, score, shard, sweep, train
 from jaxad.cli import main
 from jaxad.core import as_arrays
 from jaxad.data import load
+from jaxad.members import Programs
 from jaxad.sweep import engine, grid, member, stack
 from jaxad.sweep.folder import TIMINGS
 
@@ -106,6 +107,25 @@ def test_devices_and_ways_give_the_same_table(expected, run, data, way, mode):
     mesh = shard.make_mesh(run=run, data=data, devices=jax.devices()[: run * data])
     table = sweep.run("toy", grid=GRID, seeds=2, limits=sweep.Limits(mesh=mesh, way=way, mode=mode), **OPTIONS)
     assert_equal_rows(table, expected, rel=1e-3, abs=1e-3)
+
+
+def test_devices_that_share_batches_share_calibration_and_scoring(monkeypatch):
+    flops, original = {}, Programs.compile
+
+    def compile_and_count(programs, label, *args, **options):
+        program = original(programs, label, *args, **options)
+        flops[label[0]] = program.cost_analysis()["flops"]
+        return program
+
+    def count(devices):
+        mesh = shard.make_mesh(data=devices, devices=jax.devices()[:devices])
+        sweep.run("toy", seeds=2, limits=sweep.Limits(mesh=mesh, way="vmap"), batch_size=9, **OPTIONS)
+        return dict(flops)
+
+    monkeypatch.setattr(Programs, "compile", compile_and_count)
+    one, three = count(1), count(3)
+    for label in ("holdout", "tally"):  # of 32 samples, or 33; pixels are counted by every device
+        assert one[label] / three[label] == pytest.approx(3, rel=0.15), label
 
 
 def test_members_are_grouped_by_what_is_compiled_in():
