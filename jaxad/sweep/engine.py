@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxad import score, shard, train
+from jaxad import adaptation, score, shard, train
 from jaxad.console import Console
 from jaxad.core import Method, Source, as_arrays, spec_of
 from jaxad.detector import batch_size_for
@@ -22,10 +22,12 @@ from jaxad.members import Members, Programs, bytes_of, default_way, one_of
 from jaxad.sweep.grid import Member, static_key
 from jaxad.sweep.member import (
     Ask,
+    InOrder,
     Outcome,
     calibrate_program,
     holdout_program,
     new_histogram,
+    ordered_program,
     run_pieces,
     tally_program,
 )
@@ -221,6 +223,10 @@ class _Work:
         """Samples scored at a time, as many on each of the devices that share a batch."""
         return _up(batch_size_for(next(iter(self.data.values())).spec), getattr(self.place_batch, "devices", 1))
 
+    def _in_order(self) -> bool:
+        """Whether samples are scored in order, too, as a lone run does where they are frames of videos."""
+        return self.method.ordered is not None and any(any(loaded.groups) for loaded in self.data.values())
+
     def _arguments(self, members: Sequence[Member], programs: Programs) -> tuple[Any, Any, dict[str, Source], Ask]:
         """What `run_pieces` takes, on the device."""
         keys = programs.place(jax.vmap(jax.random.key)(jnp.asarray([m.seed for m in members], jnp.uint32)))
@@ -230,7 +236,7 @@ class _Work:
         places = None
         if "holdout" in data:
             places = programs.place(np.asarray([self._places(member) for member in members], np.int32))
-        return keys, cfg, data, Ask(self.stack.truth, places)
+        return keys, cfg, data, Ask(self.stack.truth, places, self._in_order())
 
     def _loaded(self, member: Member) -> Loaded:
         return list(self.data.values())[self.which[member.index]]
@@ -253,10 +259,21 @@ class _Work:
             image, tops, means = (values[i][:size] for values in (outcome.image, outcome.map_max, outcome.map_mean))
             pixel = {name: values[i] for name, values in outcome.pixel.items()}
             measured = figures(image, tops, means, pixel, calibration, labels=loaded.labels, groups=loaded.groups)
+            measured |= self._ordered_figures(member, outcome.ordered, i)
             row |= {name: plain(value) for name, value in measured.items() if isinstance(value, _NUMBERS)}
         for phase, values in outcome.last.items():
             row |= {f"{phase}.{name}": float(value[i]) for name, value in values.items()}
         return row
+
+    def _ordered_figures(self, member: Member, ordered: InOrder | None, i: int) -> dict[str, float]:
+        """Measures of a member's ordered pass; none where its samples are no frames of videos."""
+        loaded = self._loaded(member)
+        if ordered is None or not any(loaded.groups):
+            return {}
+        image, parts = jax.tree.map(lambda values: values[i][: len(loaded.labels)], ordered)
+        cfg = jax.device_get(as_arrays(member.cfg))  # rounded as in the state of a lone run
+        groups = np.asarray(loaded.groups)
+        return adaptation.ordered_figures(self.method, cfg, image, parts, groups=groups, labels=loaded.labels)
 
     # --- memory ---------------------------------------------------------------------------------------------------
 
@@ -318,6 +335,9 @@ class _Work:
             pixels = None if ask.truth is None else self._shapes(jax.vmap(lambda key: new_histogram({})), keys)
             args = state, data["test"], ask.truth, pixels, np.int32(0)
             tally_program(programs, args, method=self.method, batch_size=self._batch_size(), place=self.place_batch)
+            if ask.in_order:
+                several = adaptation.samples_at_once(self.method, cfg, len(one_of(data["test"])))
+                ordered_program(programs, (state, data["test"], np.int32(0)), method=self.method, count=several)
         if "holdout" in data:
             programs.bytes = max(programs.bytes, self._calibrating(programs, state, data["holdout"], ask))
         return programs.bytes

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxad import metrics, train
+from jaxad import adaptation, metrics, train
 from jaxad.core import Array, Batch, Method, Scores, Source, frames_of, take
 from jaxad.members import Programs, axes_of, one_of
 from jaxad.ops.blocks import rows_over
@@ -27,6 +27,13 @@ class Truth(NamedTuple):
     trusted: Array  # (F,) bool: the picture's mask may be used
 
 
+class InOrder(NamedTuple):
+    """What an ordered pass over N samples gives: see `adaptation.Ordered`."""
+
+    image: Array  # (N,) image scores
+    parts: dict[str, Array]  # (N,) each
+
+
 class Outcome(NamedTuple):
     """What is left of a member: its scores of the N test samples and figures; the detector itself is dropped."""
 
@@ -36,6 +43,7 @@ class Outcome(NamedTuple):
     pixel: dict[str, Array]  # of `metrics.pixel_metrics`; empty without masks
     calibration: dict[str, Array]  # medians and thresholds; empty without holdout
     last: dict[str, dict[str, Array]]  # per phase the metrics of its last step
+    ordered: InOrder | None = None  # None unless asked for
 
 
 class Ask(NamedTuple):
@@ -43,6 +51,7 @@ class Ask(NamedTuple):
 
     truth: Truth | None  # of the pictures of data["test"]; None leaves pixels out
     places: Array | None  # (2,) int32, `score.quantile_place` of held-out images and of their pixels; None: no holdout
+    in_order: bool = False  # whether to score the test samples in order, too, by `method.ordered`
 
 
 def whole_run(
@@ -85,7 +94,14 @@ def whole_run(
     )
     image, map_max, map_mean = (part.ravel()[: len(test)] for part in scored)
     pixel = {} if pixels is None else metrics.pixel_metrics(pixels)
-    return Outcome(image, map_max, map_mean, pixel, calibration, last)
+    ordered = None
+    if ask.in_order:
+        count = adaptation.samples_at_once(method, cfg, len(test))
+        _, pieces = lax.scan(
+            lambda s, first: ordered_at(s, test, first, method=method, count=count), state, _firsts(test, count)
+        )
+        ordered = jax.tree.map(lambda part: part.ravel()[: len(test)], pieces)
+    return Outcome(image, map_max, map_mean, pixel, calibration, last, ordered)
 
 
 def run_pieces(
@@ -149,7 +165,8 @@ def run_pieces(
     pixel = {}
     if pixels is not None:
         pixel = programs.compile(("pixel",), metrics.pixel_metrics, (0,), (), pixels)(pixels)
-    return Outcome(image, map_max, map_mean, jax.device_get(pixel), held, last)
+    ordered = _in_order(state, cfg, test, method, programs, show) if ask.in_order else None
+    return Outcome(image, map_max, map_mean, jax.device_get(pixel), held, last, ordered)
 
 
 def tally_program(
@@ -176,6 +193,30 @@ def holdout_program(
         (),
         *args,
     )
+
+
+def ordered_program(programs: Programs, args: tuple, *, method: Method, count: int) -> Callable:
+    """The program of `ordered_at` for members; args may be shapes: state, which is given away, source, first sample."""
+    return programs.compile(
+        ("ordered", count),
+        lambda s, d, f: ordered_at(s, d, f, method=method, count=count),
+        (0, axes_of(args[1]), None),
+        (0,),
+        *args,
+    )
+
+
+def _in_order(state, cfg, test, method, programs, show) -> InOrder:
+    """An ordered pass of K members, (K, N) each, on the host."""
+    size, pieces = len(one_of(test)), []
+    count = adaptation.samples_at_once(method, cfg, size)
+    firsts = _firsts(one_of(test), count)
+    for done, first in enumerate(firsts):
+        args = state, test, first
+        state, found = ordered_program(programs, args, method=method, count=count)(*args)
+        pieces.append(jax.device_get(found))
+        show("score in order", done + 1, len(firsts), {})
+    return jax.tree.map(lambda *parts: np.concatenate(parts, axis=1)[:, :size], *pieces)
 
 
 def calibrate_program(programs: Programs, args: tuple) -> Callable:
@@ -228,6 +269,13 @@ def tally_at(
         weights = truth.weights[frames]
         pixels = metrics.add(pixels, scores.map, weights > 0, weights, batch.valid & truth.trusted[frames])
     return pixels, (scores.image, scores.map.max(axis=(1, 2)), scores.map.mean(axis=(1, 2)))
+
+
+def ordered_at(state: Any, source: Source, first: Array, *, method: Method, count: int) -> tuple[Any, InOrder]:
+    """Scores the `count` samples from `first` on in order: (the state that adapted to them, their scores)."""
+    # Not split over devices: each sample waits for what the one before did to the state.
+    state, *found = adaptation.score_next(method, state, source, first + jnp.arange(count, dtype=jnp.int32))
+    return state, InOrder(*found)
 
 
 def new_histogram(calibration: Mapping[str, Array]) -> metrics.Histogram:

@@ -35,6 +35,11 @@ _NAMES = {
     "pixel_f1max": "pixel F1-max",
     "aupro": "AUPRO 0.3",
     "aupro_005": "AUPRO 0.05",
+    "image_auroc_of_map_max": "image AUROC of map maxima",
+    "image_auroc_of_map_mean": "image AUROC of map means",
+    "image_auroc_video_protocol": "image AUROC, videos stretched",
+    "ordered_auroc": "AUROC in order",
+    "ordered_auroc_video_protocol": "AUROC in order, videos stretched",
 }
 _METHODS = (
     "Seeds are the repetitions: each is another split of the data, another initialisation, another order of the "
