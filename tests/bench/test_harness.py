@@ -5,15 +5,17 @@ import os
 import subprocess
 import sys
 import time
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from jaxad.bench import __main__ as entrance
 from jaxad.bench import machine, race, report
-from jaxad.bench.case import BenchmarkError, Case, Contender, worst_difference
+from jaxad.bench.case import BenchmarkError, Case, Contender, worst_change, worst_difference
 from jaxad.bench.methods import cases, draw_source, set_up
 from jaxad.bench.program import compile_program
 from jaxad.console import Console
@@ -289,6 +291,93 @@ def test_a_method_that_trains_wrongly_is_refused():
     case = next(cases(set_up(broken, batch=4), work=("train",)))
     with pytest.raises(BenchmarkError, match="differ from the reference"):
         race.check(case, np.random.default_rng(0))
+
+
+@config
+class Slow:
+    steps: int = static(60)
+    dtype: str = static("float32")
+
+
+class SlowState(NamedTuple):
+    """Of a method whose steps are too short to be seen in two losses, beside statistics that change by more."""
+
+    cfg: Slow
+    params: dict
+    statistics: dict
+    optimizer: Any
+
+
+def slow_method(wrong, direction):
+    """`direction` is what becomes of an update: 1 right, 0 none, -1 wrong. Of compiled steps where `wrong` says so."""
+
+    def begin(key, cfg, spec):
+        del spec
+        params = {"w": jax.random.normal(key, (8, 4)) / 8, "b": jnp.zeros(4)}
+        statistics = {"mean": jnp.zeros(()), "least": jnp.inf}
+        return SlowState(cfg, params, statistics, optax.scale_by_adam().init(params))
+
+    def step(key, state, batch):
+        del key
+        sign = direction if wrong(batch.image) else 1
+        dtype = jnp.dtype(state.cfg.dtype)
+
+        def loss_of(params):
+            rows = batch.image.mean(axis=(2, 3)).astype(dtype)
+            answers = jnp.tanh(rows @ params["w"].astype(dtype)) + params["b"].astype(dtype)
+            return ((answers - 1) ** 2).mean().astype(jnp.float32)
+
+        loss, gradients = jax.value_and_grad(loss_of)(state.params)
+        updates, optimizer = optax.scale_by_adam().update(gradients, state.optimizer)
+        params = jax.tree.map(lambda p, u: p - sign * 5e-5 * u, state.params, updates)
+        statistics = {"mean": state.statistics["mean"] + 10 * batch.image.mean(), "least": batch.image.min()}
+        return SlowState(state.cfg, params, statistics, optimizer), {"loss": loss}
+
+    tiny = {"tiny": Preset("short steps", data={"image_size": 8, "channels": 1})}
+    return Method("slow", Slow, begin, lambda cfg: (Phase("train", step, steps=cfg.steps),), _score, tiny)
+
+
+def is_compiled(array):
+    return isinstance(array, jax.core.Tracer)
+
+
+# What device and dtype allow, on a CPU and elsewhere.
+EACH_TOLERANCE = [("cpu", "float32"), ("gpu", "float32"), ("cpu", "bfloat16"), ("gpu", "bfloat16")]
+
+
+def check_steps(monkeypatch, device, dtype, method):
+    """Checks a method's steps as on a device: with its tolerances, and in a scan where it is no CPU."""
+    with monkeypatch.context() as patch:
+        patch.setattr(jax, "default_backend", lambda: device)
+        case = next(cases(set_up(method, batch=4, dtype=dtype), work=("train",)))
+    assert case.facts["steps"] == (1 if device == "cpu" else 50)
+    return race.check(case, np.random.default_rng(0))
+
+
+@pytest.mark.parametrize(("device", "dtype"), EACH_TOLERANCE)
+def test_wrong_updates_are_refused_at_every_tolerance(monkeypatch, device, dtype):
+    """Short steps: the losses of right, missing and opposite updates are all within the tolerance."""
+    right = check_steps(monkeypatch, device, dtype, slow_method(is_compiled, 1))
+    assert right["changes"]["jaxad"] < 1e-3
+    for direction, disagreement in ((0, 1), (-1, 2)):
+        with pytest.raises(BenchmarkError, match=rf"'jaxad' changes '\.params' .* by {disagreement} where"):
+            check_steps(monkeypatch, device, dtype, slow_method(is_compiled, direction))
+
+
+def test_disagreement_of_changes_by_hand():
+    change, across = np.array([3.0, 0.0, 4.0]), np.array([0.0, 5.0, 0.0])
+    assert worst_change({"a": change, "b": change}, {"a": change, "b": 2 * change}) == (0.5, "b")
+    assert worst_change({"a": 2 * change}, {"a": change}) == (0.5, "a")
+    assert worst_change({"a": change + across}, {"a": change}) == (0.5, "a")
+    assert worst_change({"a": -change}, {"a": change, "of others": change}) == (2, "a")
+    assert worst_change({"a": 0 * change}, {"a": change}) == worst_change({"a": change}, {"a": 0 * change}) == (1, "a")
+    assert worst_change({"a": 0 * change}, {"a": 0 * change}) == (0, "a")
+    assert worst_change({"a": change * np.nan}, {"a": change}) == (float("inf"), "a")
+
+
+def test_the_users_tolerance_holds_for_changes_where_it_is_larger():
+    assert set_up(TWO, tolerance=0.95).changes_tolerance == 0.95
+    assert set_up(TWO, tolerance=1e-12).changes_tolerance == set_up(TWO).changes_tolerance < 1
 
 
 def test_clips_and_labels_are_drawn():
