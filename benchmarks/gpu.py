@@ -133,17 +133,23 @@ class Suite:
     def needed(self, piece: Piece) -> float:
         """Seconds a piece may need, by what it took when it was stopped."""
         run = self.runs.get(piece.name, {})
-        return max(piece.seconds, 1.2 * run["seconds"] if run.get("status") == "stopped" else 0)
+        was_stopped = run.get("code", 0) is None
+        return max(piece.seconds, 1.2 * run["seconds"] if was_stopped else 0)
 
-    def run(self, piece: Piece, *, limit: float) -> str:
-        """Runs a piece for at most `limit` seconds and records how it ended: "done", "failed" or "stopped"."""
+    def run(self, piece: Piece, *, limit: float, is_alone: bool = False) -> str:
+        """Runs a piece for at most `limit` seconds and records how it ended: "done", "failed" or "stopped".
+
+        One that `is_alone`, with a whole budget to itself, failed if it had to be stopped: no call will give it more.
+        """
         began = time.monotonic()
         with tempfile.TemporaryDirectory() as scratch:
             result, log = pathlib.Path(scratch) / "result.json", pathlib.Path(scratch) / "log"
             command = [str(result) if part == "{json}" else part for part in piece.command]
             code = _call([sys.executable, *command], dict(piece.environment), log, limit)
             output = log.read_text(errors="replace")
-            status = "stopped" if code is None else "failed"
+            status = "stopped" if code is None and not is_alone else "failed"
+            if code is None and is_alone:
+                output += f"\ntoo long: not finished after {limit:.0f} s, a whole budget. Pass a larger --budget."
             if code == 0 and _read(result):
                 status = "done"
                 _write(self.folder / f"{piece.name}.json", _read(result))
@@ -245,10 +251,11 @@ def run_all(suite: Suite, todo: list[Piece], *, budget: float) -> int:
         left = end - time.monotonic()
         if suite.is_done(piece):
             continue
-        if left < min(suite.needed(piece), budget - 1) + _GRACE:
+        # What may need more than a budget gets a whole one; a second of it is for looking at what is done.
+        if left < min(suite.needed(piece) + _GRACE, budget - 1):
             print(f"{piece.name}: {left:.0f} s left, may need {suite.needed(piece):.0f} s; next time")
             continue
-        status = suite.run(piece, limit=left - _GRACE)
+        status = suite.run(piece, limit=left - _GRACE, is_alone=left >= budget - 1)
         print(f"{piece.name}: {status}, {suite.runs[piece.name]['seconds']:.0f} s")
         if status == "failed":
             print(_indented(suite.runs[piece.name]["output"][-800:]))
@@ -295,6 +302,9 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.unpack:
         return unpack(options.unpack)
+    if options.budget <= _GRACE:
+        print(f"--budget {options.budget:g}; expected more than {_GRACE}. Pass --budget 520.", file=sys.stderr)
+        return 2
     device = device_name()
     if not device:
         print("jax does not start here; expected a Python with jax. Set PYTHON=/path/to/python.", file=sys.stderr)

@@ -69,15 +69,33 @@ def test_a_piece_that_does_not_end_is_stopped_with_its_children(tmp_path):
     code += ".write(str(p.pid)); time.sleep(60)"
     suite = gpu.Suite(tmp_path)
     began = time.monotonic()
-    assert gpu.run_all(suite, [piece("a", code)], budget=gpu._GRACE + 2) == 3
+    assert suite.run(piece("a", code), limit=2) == "stopped"
     assert time.monotonic() - began < gpu._GRACE + 2
     assert states(suite) == {"a": "stopped"} and not (tmp_path / "a.json").exists()
     assert is_gone(child.read_text())
     assert suite.needed(piece("a")) > 2  # not begun again with so little time
 
 
+def test_a_piece_stopped_near_the_end_gets_a_whole_budget(tmp_path, monkeypatch, capsys):
+    """It was stopped after most of a budget, so that 1.2 times as long is more than there ever is."""
+    monkeypatch.setattr(gpu, "_GRACE", 1)
+    suite, todo = gpu.Suite(tmp_path), [piece("a", "import time; time.sleep(60)"), piece("b")]
+    suite.run(todo[0], limit=2)
+    assert gpu.run_all(suite, todo, budget=3) == gpu.LEFT
+    assert states(suite) == {"a": "failed"} and "too long: not finished after 2 s" in capsys.readouterr().out
+    assert gpu.run_all(suite, todo, budget=3) == gpu.FAILED  # no "run again" for ever, and it kept nobody waiting
+    assert states(suite) == {"a": "failed", "b": "done"}
+
+
+def test_a_small_budget_still_begins_a_piece(tmp_path, capsys):
+    suite = gpu.Suite(tmp_path)
+    assert gpu.run_all(suite, [piece("a", seconds=75)], budget=gpu._GRACE + 60) == 0
+    assert gpu.main(["--budget", "5"]) == 2 and "expected more than 10" in capsys.readouterr().err
+
+
 def test_what_does_not_fit_waits_for_the_next_call(tmp_path, capsys):
-    suite, todo = gpu.Suite(tmp_path), [piece("long", seconds=100), piece("short")]
+    suite = gpu.Suite(tmp_path)
+    todo = [piece("short", f"import time; time.sleep(1.1); {WRITE}"), piece("long", seconds=100)]
     assert gpu.run_all(suite, todo, budget=60) == gpu.LEFT
     assert states(suite) == {"short": "done"} and "long: " in capsys.readouterr().out
     assert gpu.run_all(suite, todo, budget=200) == 0
