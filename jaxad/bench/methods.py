@@ -108,16 +108,29 @@ def cases(
     Args:
       setting: see `set_up`.
       work: "train" (a case for each phase), "score", or both.
-      rivals: (setting, work, phase index or None, state, spec, key) -> further contenders: peers.
+      rivals: (setting, work, phase index or None, state, spec, key) -> (further contenders: peers, {name: reason} of
+        those left out).
       variants: name -> fields of the config in which a further contender differs, for comparing implementations.
     """
     if "train" in work:
-        phases = setting.method.phases(setting.cfg)
-        first_of = {(phase.step, phase.source): index for index, phase in reversed(list(enumerate(phases)))}
-        for index in sorted(first_of.values()):  # rounds of the same phase are one program
+        for index in _raced_phases(setting):
             yield _training(setting, index, rivals, variants or {})
     if "score" in work:
         yield _scoring(setting, rivals, variants or {})
+
+
+def case_names(setting: Setting, work: Sequence[str]) -> list[str]:
+    """Names of the cases that `cases` would build."""
+    phases = setting.method.phases(setting.cfg)
+    steps = [f"train:{phases[index].name}" for index in _raced_phases(setting)] if "train" in work else []
+    return [setting.name_of(part) for part in (*steps, *(["score"] if "score" in work else []))]
+
+
+def _raced_phases(setting: Setting) -> list[int]:
+    """Indices of the phases; rounds of the same phase are one program."""
+    phases = setting.method.phases(setting.cfg)
+    first_of = {(phase.step, phase.source): index for index, phase in reversed(list(enumerate(phases)))}
+    return sorted(first_of.values())
 
 
 def draw_source(setting: Setting, numbers: np.random.Generator, rows: int, *, labelled: bool = False) -> Source:
@@ -186,10 +199,10 @@ def _training(setting: Setting, index: int, rivals: Callable | None, variants: M
     for name, cfg in configs.items():
         own.append(_trainer(name, _phase(setting, cfg, index), key, start(setting, cfg, spec), given, count))
     state = start(setting, setting.cfg, spec)
-    more = rivals(setting, "train", index, state, spec, key) if rivals else ()
+    more, left_out = rivals(setting, "train", index, state, spec, key) if rivals else ((), {})
     reference, changes = _slow_steps(phase, key, start(setting, _precise(setting.cfg), spec), count)
     begun[0] = 0
-    facts = {**setting.facts, "work": "train", "phase": phase.name, "steps": count}
+    facts = {**setting.facts, "work": "train", "phase": phase.name, "steps": count, "left_out": left_out}
     return Case(
         setting.name_of(f"train:{phase.name}"),
         draw,
@@ -326,7 +339,7 @@ def _scoring(setting: Setting, rivals: Callable | None, variants: Mapping) -> Ca
     given = jax.device_put(draw(np.random.default_rng(0)))
     own = [_scorer(name, setting, start(setting, cfg, spec), given) for name, cfg in configs.items()]
     state = start(setting, setting.cfg, spec)
-    more = rivals(setting, "score", None, state, spec, None) if rivals else ()
+    more, left_out = rivals(setting, "score", None, state, spec, None) if rivals else ((), {})
     reference = _slow_scores(setting.method, start(setting, _precise(setting.cfg), spec))
     return Case(
         setting.name_of("score"),
@@ -335,7 +348,7 @@ def _scoring(setting: Setting, rivals: Callable | None, variants: Mapping) -> Ca
         samples=setting.batch,
         reference=reference,
         tolerance=setting.tolerance,
-        facts={**setting.facts, "work": "score"},
+        facts={**setting.facts, "work": "score", "left_out": left_out},
     )
 
 
