@@ -726,8 +726,8 @@ def with_others(rows: list[dict], earlier: list[dict]) -> list[dict]:
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     tasks = tasks_of(options.methods, options.topologies, options.programs, options.dtypes, options.preset)
-    earlier = json.loads(options.json.read_text())["rows"] if options.json.exists() and not options.fresh else []
-    known = {row["fingerprint"]: row for row in earlier if not row.get("error")}
+    earlier = json.loads(options.json.read_text())["rows"] if options.json.exists() else []
+    known = {} if options.fresh else {row["fingerprint"]: row for row in earlier if not row.get("error")}
     finished: list[dict] = []
 
     def each(rows):

@@ -29,9 +29,7 @@ class Tolerance(NamedTuple):
     """Largest differences to the reference."""
 
     outputs: float  # relative to the largest magnitude
-    changes: (
-        float  # of a field of the state, relative to the change's length; 1 would let a step pass that does nothing
-    )
+    changes: float  # of a field of the state, see `worst_change`: 1 would let a step pass that does nothing
 
 
 # Steps amplify rounding. Off the CPU, float32 products are made of shorter ones unless the user says otherwise. Adam

@@ -41,7 +41,7 @@ def measure(case: Case, ceilings: machine.Ceilings, *, effort: race.Effort | Non
     contenders = [_record(case, c, turns[c.name], checked, best) for c in case.contenders]
     ratios = {c.name: ratio([r[c.name] / r[first] for r in rounds]) for c in case.contenders[1:]}
     record = {"case": case.name, **case.facts, "samples": case.samples, "ceilings": best, "other_load": others.share}
-    record["check"] = {name: checked[name] for name in ("against", "tolerance", "worst")}
+    record["check"] = {name: checked[name] for name in ("against", "tolerance", "worst", "changes")}
     return {**record, "contenders": contenders, "time_over": {"name": first, "ratios": ratios}}
 
 
