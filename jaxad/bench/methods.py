@@ -51,7 +51,11 @@ class Setting(NamedTuple):
     batch: int
     dtype: str
     tolerance: float  # largest difference of outputs to the reference
-    changes_tolerance: float  # largest disagreement of what training changes in the state
+
+    @property
+    def changes_tolerance(self) -> float:
+        """Largest disagreement of what training changes in the state."""
+        return max(self.tolerance, _usual(self.dtype).changes)
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -89,9 +93,13 @@ def set_up(
     height, width = (size, size) if isinstance(size, int) else size
     picture = (height, width, full.channels or 3)
     shape = (full.clip, *picture) if full.clip else picture
-    usual = _TOLERANCES.get((jax.default_backend(), dtype)) or _ELSEWHERE[dtype]
-    allowed = (tolerance or usual.outputs, max(tolerance or 0, usual.changes))
-    return Setting(method, str(full.preset), cfg, shape, full.target or 0, batch, dtype, *allowed)
+    tolerance = tolerance or _usual(dtype).outputs
+    return Setting(method, str(full.preset), cfg, shape, full.target or 0, batch, dtype, tolerance)
+
+
+def _usual(dtype: str) -> Tolerance:
+    """What the device and a dtype allow."""
+    return _TOLERANCES.get((jax.default_backend(), dtype)) or _ELSEWHERE[dtype]
 
 
 def cases(

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import jax
 
 from jaxad.console import Console
-from jaxad.sweep import engine
+from jaxad.sweep import engine, memory
 from jaxad.sweep.engine import Group, Limits
 from jaxad.sweep.grid import Member, Request
 
@@ -241,7 +241,7 @@ def _share_memory(limits: Limits, members: int, neighbours: int) -> Limits:
     """The limits of one of some neighbours: none may plan with memory that all of them find free."""
     if limits.budget is not None or jax.default_backend() != "cpu":  # an accelerator is one worker's own
         return limits
-    free = engine.free_bytes(engine.default_mesh(min(members, limits.members or members)))
+    free = memory.free_bytes(engine.default_mesh(min(members, limits.members or members)))
     return limits if free is None else limits._replace(budget=free // neighbours)
 
 

@@ -17,7 +17,7 @@ from jaxad import methods, settings
 from jaxad.cli import main
 from jaxad.console import Console
 from jaxad.data import DataError
-from jaxad.sweep import Limits, Request, engine, workers
+from jaxad.sweep import Limits, Request, memory, workers
 from jaxad.sweep.engine import Group
 from jaxad.sweep.folder import TIMINGS
 from jaxad.sweep.workers import Computed, Share, Slot
@@ -84,7 +84,7 @@ def small_request(*data):
 
 def test_neighbours_share_the_memory_and_say_how_many_members_fit(monkeypatch):
     monkeypatch.setitem(methods.METHODS, "toy", "toy")
-    monkeypatch.setattr(engine, "_available_memory", lambda: 8 * 2**30)
+    monkeypatch.setattr(memory, "available_bytes", lambda: 8 * 2**30)
     request, limits = small_request("synthetic").to_json(), Limits()
     computed = workers.compute_share(request, {"synthetic": "synthetic"}, Share(2, [0, 1]), limits, Slot(2, 0, 4))
     assert [row["member"] for row in computed.rows] == [0, 1]
