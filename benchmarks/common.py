@@ -25,8 +25,12 @@ def write(path, result):
 
 
 def race(cases, *, settings, rounds, out):
-    """Measures cases with the harness and prints them; writes the record if `out` names a file."""
+    """Measures cases with the harness and prints them; writes the record if `out` names a file.
+
+    Raises BenchmarkError after the last case if some failed.
+    """
     from jaxad.bench import report
     from jaxad.console import Console
 
-    report.run_all(cases, console=Console(), rounds=rounds, settings=settings, out=out)
+    record = report.run_all(cases, console=Console(), rounds=rounds, settings=settings, out=out)
+    report.refuse_failures(record)

@@ -57,7 +57,7 @@ class Piece(NamedTuple):
 def pieces(methods: list[str], *, smoke: bool = False, peers: bool = True) -> Iterator[Piece]:
     """All there is to run, the most telling first."""
     small = ("--preset", "tiny", "--rounds", "1") if smoke else ()
-    batches = (2,) if smoke else (32, 128, 8, 1)
+    batches = (8,) if smoke else (32, 128, 8, 1)  # every method takes the first
     first = batches[0]
 
     def bench(name, method, batch, dtype, *flags, environment=(), seconds=75):
@@ -68,7 +68,7 @@ def pieces(methods: list[str], *, smoke: bool = False, peers: bool = True) -> It
         return ("--peer",) if peers and (ROOT / "benchmarks" / "peers" / f"{method}.py").exists() else ()
 
     for batch in batches:
-        for method in methods:
+        for method in (m for m in methods if fits(m, batch, smoke=smoke)):
             for dtype in DTYPES:
                 yield bench(f"bench-{method}-{dtype}-b{batch}", method, batch, dtype, *race(method))
         if batch == first:
@@ -102,6 +102,18 @@ def choices(methods: list[str], batch: int, *, smoke: bool) -> Iterator[Piece]:
             yield Piece(f"choices-{method}-{dtype}-b{batch}", (*command, "--json", "{json}"), 90)
 
 
+def fits(method: str, batch: int, *, smoke: bool) -> bool:
+    """Whether a method's settings for an accelerator allow a batch."""
+    from jaxad import methods
+    from jaxad.bench.__main__ import refusal_of
+    from jaxad.bench.methods import set_up
+
+    known = methods.get(method)
+    preset = "tiny" if smoke else next(iter(known.presets))
+    # With a preset and a tolerance jax is not asked for its device, and so does not start.
+    return refusal_of(set_up(known, preset=preset, batch=batch, tolerance=0.1)) is None
+
+
 def has(method: str, field: str) -> bool:
     """Whether a method's config has a field."""
     from jaxad import methods
@@ -133,19 +145,25 @@ class Suite:
     def needed(self, piece: Piece) -> float:
         """Seconds a piece may need, by what it took when it was stopped."""
         run = self.runs.get(piece.name, {})
-        return max(piece.seconds, 1.2 * run["seconds"] if run.get("status") == "stopped" else 0)
+        was_stopped = run.get("code", 0) is None
+        return max(piece.seconds, 1.2 * run["seconds"] if was_stopped else 0)
 
-    def run(self, piece: Piece, *, limit: float) -> str:
-        """Runs a piece for at most `limit` seconds and records how it ended: "done", "failed" or "stopped"."""
+    def run(self, piece: Piece, *, limit: float, is_alone: bool = False) -> str:
+        """Runs a piece for at most `limit` seconds and records how it ended: "done", "failed" or "stopped".
+
+        One that `is_alone`, with a whole budget to itself, failed if it had to be stopped: no call will give it more.
+        """
         began = time.monotonic()
         with tempfile.TemporaryDirectory() as scratch:
             result, log = pathlib.Path(scratch) / "result.json", pathlib.Path(scratch) / "log"
             command = [str(result) if part == "{json}" else part for part in piece.command]
             code = _call([sys.executable, *command], dict(piece.environment), log, limit)
             output = log.read_text(errors="replace")
-            status = "stopped" if code is None else "failed"
-            if code == 0 and _read(result):
-                status = "done"
+            status = "stopped" if code is None and not is_alone else "failed"
+            if code is None and is_alone:
+                output += f"\ntoo long: not finished after {limit:.0f} s, a whole budget. Pass a larger --budget."
+            status = "done" if code == 0 and _read(result) else status
+            if code is not None and _read(result):  # of a piece that failed the cases that did not
                 _write(self.folder / f"{piece.name}.json", _read(result))
         self.runs[piece.name] = {
             "status": status,
@@ -164,8 +182,8 @@ class Suite:
         record = {"device": self.folder.name, "runs": self.runs}
         _write(self.folder / SUITE, record)
         if self.bundle:
-            done = [name for name, run in self.runs.items() if run["status"] == "done"]
-            _write(self.bundle, record | {"results": {name: _read(self.folder / f"{name}.json") for name in done}})
+            found = {name: _read(self.folder / f"{name}.json") for name in self.runs}
+            _write(self.bundle, record | {"results": {name: result for name, result in found.items() if result}})
 
 
 def _call(command: list[str], environment: dict[str, str], log: pathlib.Path, limit: float) -> int | None:
@@ -245,10 +263,11 @@ def run_all(suite: Suite, todo: list[Piece], *, budget: float) -> int:
         left = end - time.monotonic()
         if suite.is_done(piece):
             continue
-        if left < min(suite.needed(piece), budget - 1) + _GRACE:
+        # What may need more than a budget gets a whole one; a second of it is for looking at what is done.
+        if left < min(suite.needed(piece) + _GRACE, budget - 1):
             print(f"{piece.name}: {left:.0f} s left, may need {suite.needed(piece):.0f} s; next time")
             continue
-        status = suite.run(piece, limit=left - _GRACE)
+        status = suite.run(piece, limit=left - _GRACE, is_alone=left >= budget - 1)
         print(f"{piece.name}: {status}, {suite.runs[piece.name]['seconds']:.0f} s")
         if status == "failed":
             print(_indented(suite.runs[piece.name]["output"][-800:]))
@@ -295,6 +314,9 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.unpack:
         return unpack(options.unpack)
+    if options.budget <= _GRACE:
+        print(f"--budget {options.budget:g}; expected more than {_GRACE}. Pass --budget 520.", file=sys.stderr)
+        return 2
     device = device_name()
     if not device:
         print("jax does not start here; expected a Python with jax. Set PYTHON=/path/to/python.", file=sys.stderr)

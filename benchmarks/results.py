@@ -11,6 +11,8 @@ import pathlib
 import re
 import statistics
 
+from jaxad.bench.report import compile_cell
+
 ROOT = pathlib.Path(__file__).resolve().parent
 OUT = ROOT / "RESULTS.md"
 _COLOURS = {"jaxad": "#1b6ca8", "torch": "#d1495b", "torch.compile": "#edae49"}
@@ -30,6 +32,7 @@ Made by `python -m benchmarks.results` from the records in `results/`; do not ed
 * *transfer*, *fetch*, *metrics*: host to device, device to host, and counting the pixels of the maps, as a share of the
   time of a run; they are no part of it.
 * *others took*: the processors' time that other programs had while a case was timed, where that was above a tenth.
+* *compile s*: tracing, lowering and compiling; *(cached)*: read from jax's cache on disk, which is not what it costs.
 * *peak*: what the compiler says the program needs, with arguments; *seen*: growth of memory during a first run.
 """
 CPU = """
@@ -88,7 +91,7 @@ def rows_of(record, *, is_cpu):
                 "of product": _percent(shares["product"]),
                 "of convolution": _percent(shares["convolution"]),
                 "of copy": _percent(shares["copy"]),
-                "compile s": sum(contender["compile_seconds"].values()) if contender["compile_seconds"] else None,
+                "compile s": compile_cell(contender),
                 "peak MiB": memory["peak"] / 2**20 if memory else None,
                 "seen MiB": contender["memory"]["seen"] / 2**20 if contender["memory"]["seen"] is not None else None,
             }
@@ -99,6 +102,18 @@ def rows_of(record, *, is_cpu):
             beside = {name: _percent(None if s is None else s / seconds["p50"]) for name, s in beside.items()}
             rows.append({**row, **rate, **tails, **beside})
     return rows
+
+
+def omissions(record):
+    """Markdown lines on what the table lacks: contenders left out of cases, and cases that failed."""
+    lines = []
+    for case in record["cases"]:
+        by_reason = {}
+        for name, reason in case.get("left_out", {}).items():
+            by_reason.setdefault(reason, []).append(name)
+        lines += [f"* Left out of {case['case']}: {', '.join(n)}. {reason}" for reason, n in by_reason.items()]
+    lines += [f"* Failed: {name}: {reason}" for name, reason in record.get("failed", {}).items()]
+    return "".join(f"\n{line}" for line in lines)
 
 
 def outline(value, name=""):
@@ -133,6 +148,12 @@ def tables(value, name=""):
         return [(name, table + (f"\n\n{len(rows) - _LISTED} more are in the file." if len(rows) > _LISTED else ""))]
     parts = value.items() if isinstance(value, dict) else ()
     return [found for k, v in parts for found in tables(v, f"{name} {k}".strip())]
+
+
+def raced(path, record, *, is_cpu):
+    """The section of a record of the harness."""
+    missing = omissions(record)
+    return f"{facts_of(path, record)}\n\n{markdown(rows_of(record, is_cpu=is_cpu))}" + (missing and f"\n{missing}")
 
 
 def other(path, record):
@@ -246,10 +267,8 @@ def main():
         if picture:
             parts.append(f"\n![Rates and shares of the ceiling, by batch]({picture.relative_to(ROOT)})\n")
         for path, record in records:
-            table = (
-                f"{facts_of(path, record)}\n\n{markdown(rows_of(record, is_cpu=is_cpu))}" if is_raced(record) else ""
-            )
-            parts.append(f"\n### {path.stem}\n\n{table or other(path, record)}\n")
+            section = raced(path, record, is_cpu=is_cpu) if is_raced(record) else other(path, record)
+            parts.append(f"\n### {path.stem}\n\n{section}\n")
     OUT.write_text("".join(parts), encoding="utf-8")
     print(OUT)
 

@@ -508,9 +508,20 @@ def _failed(task: Task, error: BaseException) -> dict[str, Any]:
 # --- judgement ----------------------------------------------------------------------------------------------------
 
 
+def task_of(row: Mapping[str, Any]) -> Task:
+    """The task that a row is of. Its "program" is the program's name, or the kind alone where the compiler died."""
+    kind = "kernels" if row["method"] == "kernels" else row["program"].split()[0]
+    return Task(row["method"], kind, row["dtype"], row["topology"], row["preset"])
+
+
+def owner(row: Mapping[str, Any]) -> str:
+    """The method, and the preset if one was asked for."""
+    return " ".join(filter(None, (row["method"], row["preset"])))
+
+
 def title(row: Mapping[str, Any]) -> str:
     """How a row is called."""
-    return f"{row['method']}: {row['program']}, {row['dtype']}, {row['topology']}"
+    return f"{owner(row)}: {row['program']}, {row['dtype']}, {row['topology']}"
 
 
 def faults(row: Mapping[str, Any]) -> list[str]:
@@ -544,12 +555,12 @@ def growth(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
             chip = row["topology"].split(":")[0]
             groups.setdefault((row["method"], row["program"], row["dtype"], chip, row["preset"]), []).append(row)
     found = []
-    for (method, program, dtype, chip, _), group in groups.items():
+    for (method, program, dtype, chip, preset), group in groups.items():
         small, large = min(group, key=lambda r: r["chips"]), max(group, key=lambda r: r["chips"])
         if small["chips"] < large["chips"] and small["samples"] * large["chips"] == large["samples"] * small["chips"]:
             before, after = small["seconds"]["step"], large["seconds"]["step"]
             found.append(
-                {"method": method, "program": program, "dtype": dtype, "chip": chip}
+                {"method": method, "program": program, "dtype": dtype, "chip": chip, "preset": preset}
                 | {"chips": [small["chips"], large["chips"]], "seconds": [before, after], "growth": after / before - 1}
             )
     return found
@@ -561,7 +572,7 @@ def judge(rows: list[dict[str, Any]]) -> list[str]:
     for case in growth(rows):
         if case["growth"] >= GROWTH:
             reasons.append(
-                f"{case['method']}: {case['program']}, {case['dtype']}, {case['chip']}: a step takes "
+                f"{owner(case)}: {case['program']}, {case['dtype']}, {case['chip']}: a step takes "
                 f"{case['growth']:.0%} longer on {case['chips'][1]} chips than on {case['chips'][0]}"
             )
     return reasons
@@ -581,7 +592,7 @@ UNITS = ("B", "KiB", "MiB", "GiB")
 
 def cells(row: Mapping[str, Any]) -> list[str]:
     """A row of the table, as text."""
-    start = [row["method"], row["program"], row["dtype"], row["topology"], f"{row['samples']:,}"]
+    start = [owner(row), row["program"], row["dtype"], row["topology"], f"{row['samples']:,}"]
     if row.get("error"):
         return [*start, "-", "-", "does not compile", "-", "-"]
     total, hbm = row["memory"]["total"], CHIPS[row["topology"].split(":")[0]].hbm
@@ -603,7 +614,7 @@ def growth_line(case: Mapping[str, Any]) -> str:
     """How a program scales, in words."""
     (few, many), (before, after) = case["chips"], case["seconds"]
     return (
-        f"{case['method']}: {case['program']}, {case['dtype']}, {case['chip']}: {1e3 * before:.2f} ms on {few} chips, "
+        f"{owner(case)}: {case['program']}, {case['dtype']}, {case['chip']}: {1e3 * before:.2f} ms on {few} chips, "
         f"{1e3 * after:.2f} ms on {many} ({case['growth']:+.1%})"
     )
 
@@ -612,7 +623,7 @@ def compilers(rows: list[dict[str, Any]]) -> str:
     """Which compiler made which methods' rows: a run keeps rows of earlier ones."""
     found: dict[str, list[str]] = {}
     for row in rows:
-        found.setdefault(f"libtpu {row.get('libtpu', 'unknown')}", []).append(row["method"])
+        found.setdefault(f"libtpu {row.get('libtpu', 'unknown')}", []).append(owner(row))
     return "Compiled by " + "; ".join(f"{name}: {', '.join(sorted(set(made)))}" for name, made in found.items()) + "."
 
 
@@ -703,16 +714,20 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def with_others(rows: list[dict], earlier: list[dict]) -> list[dict]:
-    """Rows, and those of earlier runs that are of other programs: a run of some keeps what is known of the others."""
-    found = {title(row) for row in rows}
-    return rows + [row for row in earlier if title(row) not in found]
+    """Rows, and those of earlier runs that are of other tasks: a run of some keeps what is known of the others.
+
+    Programs are not compared by name alone: a compiler that died leaves a row without a program, and a phase may have
+    been renamed. A task that failed leaves the earlier rows of its other programs, which are hours of compilation.
+    """
+    found, done = {title(row) for row in rows}, {task_of(row) for row in rows if not row.get("error")}
+    return rows + [row for row in earlier if title(row) not in found and task_of(row) not in done]
 
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     tasks = tasks_of(options.methods, options.topologies, options.programs, options.dtypes, options.preset)
-    earlier = json.loads(options.json.read_text())["rows"] if options.json.exists() and not options.fresh else []
-    known = {row["fingerprint"]: row for row in earlier if not row.get("error")}
+    earlier = json.loads(options.json.read_text())["rows"] if options.json.exists() else []
+    known = {} if options.fresh else {row["fingerprint"]: row for row in earlier if not row.get("error")}
     finished: list[dict] = []
 
     def each(rows):

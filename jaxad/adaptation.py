@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxad import metrics
-from jaxad.core import Method, Source, take
+from jaxad.core import Array, Method, Source, take
 from jaxad.score import normalize_groups
 
 
@@ -45,14 +45,10 @@ def score_ordered(method: Method, state: Any, source: Source, *, batch_size: int
         raise ValueError(
             f"method {method.name!r} scores each sample by itself; expected one that adapts. Use score.score_dataset."
         )
-    step, size, unit = method.ordered.step, len(source), method.ordered.unit(state.cfg)
-    wanted = batch_size or (1 if jax.default_backend() == "cpu" else 32)
-    count = unit * max(1, min(wanted, size) // unit)
+    size, count = len(source), samples_at_once(method, state.cfg, len(source), batch_size)
 
     def run(state, source, rows):
-        images = take(source, jnp.minimum(rows, size - 1))[0]
-        state, scores, parts = step(state, images, rows < size)
-        return state, scores.image, parts
+        return score_next(method, state, source, rows)
 
     began = time.perf_counter()
     compiled = jax.jit(run).lower(state, source, jnp.zeros(count, jnp.int32)).compile()
@@ -62,6 +58,30 @@ def score_ordered(method: Method, state: Any, source: Source, *, batch_size: int
         pieces.append(jax.device_get(found))
     image, parts = jax.tree.map(lambda *leaves: np.concatenate(leaves)[:size], *pieces)
     return Ordered(state, image, parts, time.perf_counter() - began, compiling)
+
+
+def samples_at_once(method: Method, cfg: Any, size: int, batch_size: int | None = None) -> int:
+    """How many of `size` samples in order one program scores; `batch_size` as for `score_ordered`."""
+    assert method.ordered is not None
+    unit, wanted = method.ordered.unit(cfg), batch_size or (1 if jax.default_backend() == "cpu" else 32)
+    return unit * max(1, min(wanted, size) // unit)
+
+
+def score_next(method: Method, state: Any, source: Source, rows: Array) -> tuple[Any, Array, dict[str, Array]]:
+    """Scores the samples whose turn it is: the program that runs for every piece of an ordered pass.
+
+    Args:
+      method, state, source: as for `score_ordered`.
+      rows: (B,) in order; B a multiple of what the method takes at once. Rows beyond the source adapt nothing.
+
+    Returns:
+      (the state after them, (B,) image scores, what the method makes them of, (B,) each).
+    """
+    assert method.ordered is not None
+    size = len(source) if source.size is None else source.size
+    images = take(source, jnp.minimum(rows, size - 1))[0]
+    state, scores, parts = method.ordered.step(state, images, rows < size)
+    return state, scores.image, parts
 
 
 def protocol_scores(method: Method, cfg: Any, parts: dict[str, np.ndarray], groups: np.ndarray) -> np.ndarray:
@@ -91,10 +111,25 @@ def measure_ordered(
       labels: (N,) 0 normal, 1 anomalous, -1 unknown.
     """
     found = score_ordered(method, state, source)
-    stretched = protocol_scores(method, jax.device_get(state.cfg), found.parts, groups)
     return {
-        "ordered_auroc": metrics.image_metrics(found.image, labels)["auroc"],
-        "ordered_auroc_video_protocol": metrics.image_metrics(stretched, labels)["auroc"],
+        **ordered_figures(method, jax.device_get(state.cfg), found.image, found.parts, groups=groups, labels=labels),
         "ordered_seconds": found.seconds,
         "ordered_images_per_second": len(source) / max(found.seconds, 1e-9),
+    }
+
+
+def ordered_figures(
+    method: Method, cfg: Any, image: np.ndarray, parts: dict[str, np.ndarray], *, groups: np.ndarray, labels: np.ndarray
+) -> dict[str, float]:
+    """The measures of samples scored in order, as in report.json.
+
+    Args:
+      method, cfg, parts, groups: as for `protocol_scores`.
+      image: (N,) image scores, as `score_ordered` gives them.
+      labels: (N,) 0 normal, 1 anomalous, -1 unknown.
+    """
+    stretched = protocol_scores(method, cfg, parts, groups)
+    return {
+        "ordered_auroc": metrics.image_metrics(image, labels)["auroc"],
+        "ordered_auroc_video_protocol": metrics.image_metrics(stretched, labels)["auroc"],
     }

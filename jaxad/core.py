@@ -90,7 +90,7 @@ class Ordered(NamedTuple):
     """How a method scores samples that come in order, such as a video's frames: it may adapt in between."""
 
     step: Callable  # (state, images, valid) -> (state, Scores, parts: dict of (B,)); in order, B a multiple of `unit`
-    unit: Callable  # (cfg) -> int, the least B
+    unit: Callable  # (cfg) -> int, the least B; reads static fields only
     combine: Callable  # (cfg, parts, each stretched to [0, 1] within its video) -> (N,) image scores
 
 

@@ -104,6 +104,20 @@ def _detect() -> int | None:
     return count if count > 1 else None
 
 
+def check_alone(command: str) -> None:
+    """Refuses to be one of several processes that a launcher has started, each of which would do the same.
+
+    Raises:
+      ValueError: a cluster is detected, see `initialize`.
+    """
+    found = _detect()
+    if found is not None:
+        raise ValueError(
+            f"{command} was started as {found} processes, by Slurm, Open MPI or the like; expected one: each would do "
+            f"the whole. Start it once (on Slurm: srun -n 1 jaxad {command} ...), and pass --workers N to share it out."
+        )
+
+
 def is_active() -> bool:
     """Whether this process is one of several."""
     return count() > 1

@@ -13,6 +13,7 @@ from jaxad.core import Source, as_arrays, spec_of
 KEY = jax.random.key(0)
 STEPS = 10
 SHORTER = {"neural_batch": {"ae_steps": 20}}  # a step of its sampler trains eight autoencoders
+MORE = {"neural_batch": {"predictor": "learned"}}  # adds a phase to those of "tiny"; it is compiled and not run
 
 
 def config(method, preset, **fields):
@@ -47,16 +48,16 @@ def compiled_step(method, cfg, phase, data, mesh):
 
 
 def run(method, cfg, start, data, mesh):
-    """All phases of a method: (the training step's program, its state's shapes, moments of its gradient, the state)."""
-    programs, state, first = [], jax.device_put(start, sharding(mesh)), None
+    """All phases of a method: (a step's program by phase, the state's shapes, moments of its gradient, the state)."""
+    programs, state, first = {}, jax.device_put(start, sharding(mesh)), None
     for i, phase in enumerate(method.phases(cfg)):
         program, shapes = compiled_step(method, cfg, phase, data, mesh)
         key, source = jax.device_put((train.phase_key(KEY, i), data[phase.source]), sharding(mesh))
         for t in range(train.num_steps(phase, len(source))):
             state, _ = program(state, key, source, jax.device_put(np.int32(t), sharding(mesh)))
             first = first or moments_of(state)
-        programs.append(program)
-    return programs[0], shapes, first, state
+        programs[phase.name] = program
+    return programs, shapes, first, state
 
 
 def moments_of(state):
@@ -83,13 +84,25 @@ def size_of(tree):
     return sum(leaf.size for leaf in jax.tree.leaves(tree))
 
 
-def counts(programs, state):
-    return {
-        "flops": [program.cost_analysis()["flops"] for program in programs],
-        "collectives": [shard.collectives(program) for program in programs],
-        "parameters": size_of(parameters_of(state)),
-        "state": size_of(state),
+def more_phases(name, method, data, mesh):
+    """Programs by phase of those that the preset "tiny" leaves out, for one device and for eight."""
+    cfg, known = config(method, "tiny", **MORE[name]), [phase.name for phase in method.phases(config(method, "tiny"))]
+    missing = [phase for phase in method.phases(cfg) if phase.name not in known]
+    return [
+        {phase.name: compiled_step(method, cfg, phase, data, given)[0] for phase in missing} for given in (None, mesh)
+    ]
+
+
+def counts(alone, spread, state):
+    """Of the programs by phase for one device and for eight."""
+    phases = {
+        name: {
+            "flops": [program.cost_analysis()["flops"] for program in (alone[name], spread[name])],
+            "collectives": [shard.collectives(program) for program in (alone[name], spread[name])],
+        }
+        for name in alone
     }
+    return {"phases": phases, "parameters": size_of(parameters_of(state))}
 
 
 def apart(scores, others):
@@ -105,22 +118,25 @@ def main(name, preset="tiny"):
     method, mesh, facts = methods.get(name), shard.data_mesh(), {"devices": jax.device_count()}
     if preset != "tiny":  # too much to be run here
         cfg, data = config(method, preset), pictures(*map(method.presets[preset].data.get, ("image_size", "channels")))
-        made = [compiled_step(method, cfg, method.phases(cfg)[0], data, given) for given in (None, mesh)]
-        print(json.dumps(facts | counts([program for program, _ in made], made[0][1])))
+        first = method.phases(cfg)[0]
+        (alone, state), (spread, _) = (compiled_step(method, cfg, first, data, given) for given in (None, mesh))
+        print(json.dumps(facts | counts({first.name: alone}, {first.name: spread}, state)))
         return
     cfg, data = config(method, "tiny", steps=STEPS, learning_rate=1e-4, **SHORTER.get(name, {})), pictures(32)
     unseen = pictures(32, seed=1)["train"]  # a detector may keep the pictures of its training
     start = jax.device_get(jax.jit(lambda key: train.init(method, key, as_arrays(cfg), spec_of(data)))(KEY))
     programs, scores, moments = [], [], []
     for given in (None, mesh):
-        program, shapes, first, state = run(method, cfg, start, data, given)
+        made, shapes, first, state = run(method, cfg, start, data, given)
         facts["held_by"] = len(jax.tree.leaves(state)[0].devices())
         here = jax.tree.map(jnp.asarray, jax.device_get(state))
         scores.append(score.score_dataset(method, here, unseen, batch_size=20))
-        programs.append(program)
+        programs.append(made)
         moments.append(first)
+    if name in MORE:
+        programs = [a | b for a, b in zip(programs, more_phases(name, method, data, mesh), strict=True)]
     one, eight = scores
-    facts |= counts(programs, shapes)
+    facts |= counts(*programs, shapes)
     facts |= {"apart": apart(eight, one), "scale": [float(np.ptp(one.image)), float(np.ptp(one.map))]}
     both = pairs(parameters_of(start), parameters_of(here))
     facts["moved"] = max(farthest(a, b) for a, b in both if np.isfinite(a).all())  # minima start at infinity

@@ -1,40 +1,16 @@
 """Scoring in order: every row once, adapting in between, the videos' own scale."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import toy
 from conformance import make_data
 
 from jaxad import adaptation, metrics, score, train
-from jaxad.core import Ordered
 
 DATA = make_data((8, 8, 3), rows=17)["labelled"]
 LABELS = np.asarray(DATA.label)
-
-
-def step(state, images, valid):
-    """The toy detector, adapting after each picture."""
-
-    def one(state, picture):
-        image, is_valid = picture
-        scores = toy.score(state, image[None])
-        adapted = toy.adapt(state, image[None], scores)
-        state = jax.tree.map(lambda new, old: jnp.where(is_valid, new, old), adapted, state)
-        return state, (scores.image[0], scores.map[0])
-
-    state, (image, maps) = jax.lax.scan(one, state, (images, valid))
-    scores = toy.Scores(image, maps)
-    return state, scores, {"first": image, "second": maps[:, 0, 0]}
-
-
-def combine(cfg, parts):
-    del cfg
-    return 0.25 * parts["first"] + 0.75 * (1 - parts["second"])
-
-
-METHOD = toy.METHOD._replace(ordered=Ordered(step, lambda cfg: 2, combine))
+METHOD = toy.IN_ORDER
 
 
 @pytest.fixture(scope="module")

@@ -238,6 +238,9 @@ MPI = {
 def test_a_cluster_is_detected(monkeypatch, joined, variables, expected):
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match="started as 2 processes") if expected else contextlib.nullcontext():
+        distributed.check_alone("sweep")
+    assert not joined
     assert distributed.initialize() == expected
     assert joined == [(None, None, None)] * expected
     assert not distributed.initialize(num_processes=1) and len(joined) == expected

@@ -8,7 +8,13 @@ import subprocess
 import sys
 import time
 
+import jax
+import pytest
+
 from benchmarks import gpu
+from jaxad import methods
+from jaxad.bench.__main__ import refusal_of
+from jaxad.bench.methods import set_up
 
 ROOT = pathlib.Path(gpu.__file__).parents[1]
 WRITE = "import json, sys; json.dump({'value': 7}, open(sys.argv[1], 'w')); print('said')"
@@ -57,6 +63,14 @@ def test_a_lost_result_is_made_again(tmp_path):
     assert not suite.is_done(todo[0]) and gpu.run_all(suite, todo, budget=60) == 0 and suite.is_done(todo[0])
 
 
+def test_a_piece_that_fails_leaves_the_cases_that_did_not(tmp_path):
+    bundle = tmp_path / "out" / "suite.json"
+    suite = gpu.Suite(tmp_path, bundle)
+    assert gpu.run_all(suite, [piece("a", f"{WRITE}; sys.exit(2)")], budget=60) == gpu.FAILED
+    assert states(suite) == {"a": "failed"} and json.loads((tmp_path / "a.json").read_text()) == {"value": 7}
+    assert json.loads(bundle.read_text())["results"] == {"a": {"value": 7}}
+
+
 def test_no_result_is_a_failure(tmp_path):
     suite = gpu.Suite(tmp_path)
     assert gpu.run_all(suite, [piece("a", "print('forgot to write')")], budget=60) == gpu.FAILED
@@ -69,15 +83,33 @@ def test_a_piece_that_does_not_end_is_stopped_with_its_children(tmp_path):
     code += ".write(str(p.pid)); time.sleep(60)"
     suite = gpu.Suite(tmp_path)
     began = time.monotonic()
-    assert gpu.run_all(suite, [piece("a", code)], budget=gpu._GRACE + 2) == 3
+    assert suite.run(piece("a", code), limit=2) == "stopped"
     assert time.monotonic() - began < gpu._GRACE + 2
     assert states(suite) == {"a": "stopped"} and not (tmp_path / "a.json").exists()
     assert is_gone(child.read_text())
     assert suite.needed(piece("a")) > 2  # not begun again with so little time
 
 
+def test_a_piece_stopped_near_the_end_gets_a_whole_budget(tmp_path, monkeypatch, capsys):
+    """It was stopped after most of a budget, so that 1.2 times as long is more than there ever is."""
+    monkeypatch.setattr(gpu, "_GRACE", 1)
+    suite, todo = gpu.Suite(tmp_path), [piece("a", "import time; time.sleep(60)"), piece("b")]
+    suite.run(todo[0], limit=2)
+    assert gpu.run_all(suite, todo, budget=3) == gpu.LEFT
+    assert states(suite) == {"a": "failed"} and "too long: not finished after 2 s" in capsys.readouterr().out
+    assert gpu.run_all(suite, todo, budget=3) == gpu.FAILED  # no "run again" for ever, and it kept nobody waiting
+    assert states(suite) == {"a": "failed", "b": "done"}
+
+
+def test_a_small_budget_still_begins_a_piece(tmp_path, capsys):
+    suite = gpu.Suite(tmp_path)
+    assert gpu.run_all(suite, [piece("a", seconds=75)], budget=gpu._GRACE + 60) == 0
+    assert gpu.main(["--budget", "5"]) == 2 and "expected more than 10" in capsys.readouterr().err
+
+
 def test_what_does_not_fit_waits_for_the_next_call(tmp_path, capsys):
-    suite, todo = gpu.Suite(tmp_path), [piece("long", seconds=100), piece("short")]
+    suite = gpu.Suite(tmp_path)
+    todo = [piece("short", f"import time; time.sleep(1.1); {WRITE}"), piece("long", seconds=100)]
     assert gpu.run_all(suite, todo, budget=60) == gpu.LEFT
     assert states(suite) == {"short": "done"} and "long: " in capsys.readouterr().out
     assert gpu.run_all(suite, todo, budget=200) == 0
@@ -129,6 +161,49 @@ def test_names_of_pieces_differ_and_can_be_files():
         assert len(set(names)) == len(names)
         assert all(set(name) <= set("abcdefghijklmnopqrstuvwxyz0123456789._-") for name in names)
     assert not any("--peer" in p.command for p in gpu.pieces(["memae"], peers=False))
+
+
+def settings_of(pieces):
+    """(piece, set-up) of those that measure a method, as on a GPU."""
+    for one in pieces:
+        if one.command[1] in ("jaxad.bench", "benchmarks.choices"):
+            flags = dict(zip(one.command, one.command[1:], strict=False))
+            options = {"preset": flags.get("--preset"), "dtype": flags["--dtype"], "batch": int(flags["--batch"])}
+            yield one, set_up(methods.get(one.command[2]), **options)
+
+
+@pytest.mark.parametrize("smoke", [False, True], ids=["sizes of an accelerator", "smoke"])
+def test_methods_allow_every_piece(smoke, monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    found = list(settings_of(gpu.pieces(list(methods.METHODS), smoke=smoke)))
+    assert {setting.method.name for _, setting in found} == set(methods.METHODS)
+    assert smoke or all(setting.preset != "cpu" for _, setting in found)
+    assert {piece.name: error for piece, setting in found if (error := refusal_of(setting))} == {}
+
+
+@pytest.mark.parametrize("smoke", [False, True], ids=["sizes of an accelerator", "smoke"])
+def test_peers_take_every_piece_or_refuse_it(smoke, monkeypatch):
+    pytest.importorskip("torch")
+    from benchmarks import peers
+
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    refused = set()
+    for one, setting in settings_of(gpu.pieces(list(methods.METHODS), smoke=smoke)):
+        if "--peer" in one.command:
+            try:
+                peers.refuse(setting.method.name, setting.cfg)
+            except peers.Refusal:
+                refused.add((setting.method.name, setting.dtype))
+    names = ("gradcon", "mnad", "neural_batch") if smoke else ()  # their tiny presets are unlike any public code
+    assert refused == {("neural_batch", "bfloat16"), *((name, dtype) for name in names for dtype in gpu.DTYPES)}
+
+
+def test_the_list_does_not_start_jax():
+    """A piece must find the GPU's memory free: with a platform that does not exist, starting would be an error."""
+    code = "from benchmarks import gpu; print(len(list(gpu.pieces(['memae', 'neural_batch']))))"
+    environment = {**os.environ, "JAX_PLATFORMS": "nowhere"}
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-500:]
 
 
 def test_the_command_needs_only_what_a_gpu_machine_has(tmp_path):

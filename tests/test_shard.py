@@ -77,27 +77,53 @@ def test_the_driver_trains_the_same(mode):
         assert apart < tolerance * scale
 
 
-# The update of the parameters is done on every device: of GradCon's tiny preset it is more than 2 %.
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        ("memae",),
-        pytest.param(("memae", "cpu"), marks=pytest.mark.slow),
-        pytest.param(("gradcon", "cpu"), marks=pytest.mark.slow),
-        pytest.param(("mnad",), marks=pytest.mark.slow),
-    ],
-    ids="-".join,
-)
-def test_each_device_does_an_eighth_of_the_work_and_sends_only_sums_of_gradients_and_statistics(arguments):
-    facts = eight(*arguments)
-    one, many = facts["flops"]
-    assert one / many == pytest.approx(8, rel=0.02)
-    alone, found = facts["collectives"]
-    assert alone == {} and list(found) == ["all-reduce"]
+# How many times less a device does than one alone, where that is not eight: the update of parameters and statistics is
+# done on every device, and these steps of tiny presets have little else to do.
+SHARES = {
+    ("ognet", "warmup"): 7.8,
+    ("ognet", "adversarial"): 7.8,
+    ("patch_svdd", "mean"): 6.8,
+    ("patch_svdd", "encoder"): 7.6,
+    ("synthcp", "features"): 7.3,
+    ("synthcp", "clusters"): 7.3,
+    # The preset fills in all nine classes of superpixels at once. XLA does not split pictures that were repeated for it
+    # along the axis that they share with the classes: each device restores all of them.
+    ("smai", "calibrate"): 1.1,
+}
+# What is exchanged beside sums of gradients and statistics: kinds, and bytes at most.
+EXCHANGES = {
+    # Snapshots of autoencoders that devices trained apart become the state of all; TPUs send them all-to-all and by
+    # collective-permute. The labelled pictures are kept by all.
+    ("neural_batch", "profile"): {"all-gather": 2_000_000},
+    ("neural_batch", "labels"): {"all-gather": 300_000},
+    # A bank is made of what all devices computed, and searched by all.
+    ("patch_svdd", "bank"): {"all-gather": 110_000},
+    ("synthcp", "clusters"): {"all-gather": 80_000},
+    ("smai", "train"): {"collective-permute": 32},  # a slice of six numbers goes across
+    ("smai", "calibrate"): {"all-gather": 450_000},  # see SHARES
+}
+COUNTED = [
+    ("memae",),
+    *(pytest.param((name,), marks=pytest.mark.slow) for name in sorted(methods.METHODS) if name != "memae"),
+    *(pytest.param((name, "cpu"), marks=pytest.mark.slow) for name in ("memae", "gradcon")),
+]
+
+
+@pytest.mark.parametrize("arguments", COUNTED, ids="-".join)
+def test_each_device_does_an_eighth_of_every_phase_and_sends_only_sums_of_gradients_and_statistics(arguments):
+    facts, name = eight(*arguments), arguments[0]
     # Gradients are as large as parameters. A transposed kernel's is summed in its sub-pixel form, 16/9 of its size, a
     # memory's as keys and as items, a gradient of gradients twice; then come statistics, counts and losses.
-    parameters = BYTES * facts["parameters"]
-    assert parameters < found["all-reduce"][1] < 2 * parameters + 2**14
+    sums = {"all-reduce": 2 * BYTES * facts["parameters"] + 2**14}
+    for phase, found in facts["phases"].items():
+        one, many = found["flops"]
+        assert 0.98 * SHARES.get((name, phase), 8) < one / many < 1.02 * 8, phase
+        alone, sent = found["collectives"]
+        limits = sums | EXCHANGES.get((name, phase), {})
+        assert alone == {} and sent, phase
+        assert all(size <= limits.get(kind, 0) for kind, (_, size) in sent.items()), (phase, sent)
+    if name in ("memae", "gradcon", "mnad"):  # train all their parameters at once
+        assert facts["phases"]["train"]["collectives"][1]["all-reduce"][1] > BYTES * facts["parameters"]
 
 
 # --- meshes ---------------------------------------------------------------------------------------------------------

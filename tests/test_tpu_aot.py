@@ -153,6 +153,80 @@ def test_a_pass_has_no_more_pictures_at_a_time_than_there_are(monkeypatch, chips
     assert not encoder.once and encoder.samples == 64 * chips
 
 
+def results_of_a_run(path, monkeypatch, work, *arguments):
+    """(exit status, rows in the file) of the command, with `work` in the compiler's place."""
+    monkeypatch.setattr(tpu, "compiler_problem", lambda: None)
+    monkeypatch.setattr(tpu, "work", work)
+    version = tpu.metadata.version
+    monkeypatch.setattr(tpu.metadata, "version", lambda name: "0" if name == "libtpu" else version(name))
+    command = ["--methods", "memae", "--topologies", "v5e:2x2", "--programs", "train", "--jobs", "1"]
+    status = tpu.main([*command, "--json", str(path), *arguments])
+    return status, json.loads(path.read_text())["rows"]
+
+
+def compiles(task, known):
+    name = "memory read" if task.method == "kernels" else f"{task.program} x"
+    row = a_row(**task._asdict() | {"program": name}, fingerprint=str(task), collectives={})
+    return [row | {"earlier": row["fingerprint"] in known}]
+
+
+def dies(task, known):
+    return [tpu._failed(task, RuntimeError("the compiler died"))]
+
+
+def test_a_failure_goes_once_its_task_compiles(tmp_path, monkeypatch):
+    status, rows = results_of_a_run(tmp_path / "t.json", monkeypatch, dies, "--programs", "train,sweep,kernels")
+    assert status == 1 and [row["program"] for row in rows] == ["sweep", "train", "kernels"]
+    status, rows = results_of_a_run(tmp_path / "t.json", monkeypatch, compiles, "--programs", "train,sweep,kernels")
+    assert status == 0 and [row["program"] for row in rows] == ["sweep x", "train x", "memory read"]
+
+
+def test_a_failure_leaves_what_was_compiled_before(tmp_path, monkeypatch):
+    """Of a task's programs all but one may be as they were: the next run need not compile them again."""
+    results_of_a_run(tmp_path / "t.json", monkeypatch, compiles)
+    status, rows = results_of_a_run(tmp_path / "t.json", monkeypatch, dies)
+    assert status == 1 and [row["program"] for row in rows] == ["train", "train x"]
+    status, (row,) = results_of_a_run(tmp_path / "t.json", monkeypatch, compiles)
+    assert status == 0 and row["earlier"]
+
+
+def test_a_renamed_phase_leaves_no_row_behind():
+    new, old = a_row(program="train new"), a_row(program="train old", error="RESOURCE_EXHAUSTED")
+    others = [a_row(program="train old", topology="v6e:2x2"), a_row(program="sweep old")]
+    assert tpu.with_others([new], [old, *others]) == [new, *others]
+
+
+def test_presets_do_not_overwrite_each_other(tmp_path, monkeypatch):
+    results_of_a_run(tmp_path / "t.json", monkeypatch, compiles)
+    _, rows = results_of_a_run(tmp_path / "t.json", monkeypatch, compiles, "--preset", "tiny")
+    assert {tpu.title(row) for row in rows} == {
+        "memae: train x, float32, v5e:2x2",
+        "memae tiny: train x, float32, v5e:2x2",
+    }
+    assert "| memae tiny | train x | float32 |" in (tmp_path / "t.md").read_text()
+
+
+def test_a_killed_run_keeps_what_it_had_not_come_to(tmp_path, monkeypatch):
+    path, both = tmp_path / "t.json", ["--programs", "sweep,train"]
+    results_of_a_run(path, monkeypatch, compiles, *both)
+
+    def killed(task, known):
+        if task.program == "train":
+            raise KeyboardInterrupt
+        return compiles(task, known)
+
+    with pytest.raises(KeyboardInterrupt):
+        results_of_a_run(path, monkeypatch, killed, *both)
+    _, rows = results_of_a_run(path, monkeypatch, compiles, *both)
+    assert [row["program"] for row in rows] == ["sweep x", "train x"] and all(row["earlier"] for row in rows)
+
+
+def test_rows_of_the_record_belong_to_the_tasks_of_a_run():
+    rows = json.loads((tpu.FOLDER / "estimates.json").read_text())["rows"]
+    tasks = tpu.tasks_of(tuple(tpu.methods.METHODS), tpu.TOPOLOGIES, tpu.PROGRAMS, tpu.DTYPES[:1], None)
+    assert rows and {tpu.task_of(row) for row in rows} <= set(tasks)
+
+
 def test_the_table_marks_estimates_and_failures():
     rows = [a_row(), a_row(error="no"), a_row(seconds=None)]
     text = tpu.markdown({"rows": rows, "growth": []})

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxad.core import Array, Method, Phase, Preset, Scores, config, static
+from jaxad.core import Array, Method, Ordered, Phase, Preset, Scores, config, static
 
 
 @config
@@ -66,6 +66,25 @@ def adapt(state, images, scores):
     return state._replace(total=total, adapted=state.adapted + images.shape[0])
 
 
+def score_in_order(state, images, valid):
+    """Adapts after each picture."""
+
+    def one(state, picture):
+        image, is_valid = picture
+        scores = score(state, image[None])
+        adapted = adapt(state, image[None], scores)
+        state = jax.tree.map(lambda new, old: jnp.where(is_valid, new, old), adapted, state)
+        return state, (scores.image[0], scores.map[0])
+
+    state, (image, maps) = jax.lax.scan(one, state, (images, valid))
+    return state, Scores(image, maps), {"first": image, "second": maps[:, 0, 0]}
+
+
+def combine(cfg, parts):
+    del cfg
+    return 0.25 * parts["first"] + 0.75 * (1 - parts["second"])
+
+
 def phases(cfg):
     return (
         Phase("mean", mean_step, steps=None, batch_size=cfg.batch_size, finish=mean_finish),
@@ -74,3 +93,4 @@ def phases(cfg):
 
 
 METHOD = Method("toy", ToyConfig, init, phases, score, {"tiny": Preset("toy")}, adapt=adapt)
+IN_ORDER = METHOD._replace(ordered=Ordered(score_in_order, lambda cfg: 2, combine))

@@ -1,9 +1,12 @@
 """Peers: plain PyTorch versions of the methods, as their public implementations work, to race against.
 
-A peer is a file here with the name of its method and one function:
+A peer is a file here with the name of its method and two functions:
 
+    def refuse(cfg) -> None
     def make(state, spec, *, device, wrap) -> Peer
 
+`refuse` raises `Refusal` for settings that the peer does not have: jaxad is then timed without it, and the record
+says why.
 It takes its weights from a jaxad state, so that both sides do the same work on the same numbers; `wrap` is either
 `torch.compile` or a function that changes nothing, and is put around whatever a user would compile.
 
@@ -23,10 +26,14 @@ import numpy as np
 from jaxad.cores import usable_cores
 
 
+class Refusal(ValueError):
+    """A setting that a peer, or the public code it stands for, does not have."""
+
+
 class Peer(NamedTuple):
     """What a peer does. Every function returns tensors on the peer's device."""
 
-    score: Callable  # (images uint8 tensor) -> (image scores (B,), maps (B, H, W))
+    score: Callable  # (images uint8 tensor) -> (image scores (B,), maps (B, H, W), or None if it has no such maps)
     steps: Mapping[
         str, Callable
     ]  # phase name -> (PeerBatch) -> {metric: scalar}, at least the loss; phases may be missing
@@ -54,9 +61,11 @@ def make(method: str, state: Any, spec: Any, *, compiled: bool = False, form: st
       form: one of `forms(method)`.
 
     Raises:
+      Refusal: the peer does not have the state's settings.
       ValueError: the method has no peer, or torch is missing.
     """
     check(method)
+    refuse(method, state.cfg)
     import torch
 
     torch.set_num_threads(usable_cores())
@@ -70,11 +79,16 @@ def forms(method: str) -> Mapping[str, dict[str, Any]]:
     return getattr(importlib.import_module(f"{__name__}.{method}"), "FORMS", {})
 
 
+def refuse(method: str, cfg: Any) -> None:
+    """Raises Refusal for a config that the method's peer, which must exist, does not have."""
+    importlib.import_module(f"{__name__}.{method}").refuse(cfg)
+
+
 def refuse_other(method: str, cfg: Any, expected: Mapping[str, Any]) -> None:
-    """Raises ValueError for a field of the config that is not as the peer, and the public code, have it."""
+    """Raises Refusal for a field of the config that is not as the peer, and the public code, have it."""
     for name, value in expected.items():
         if getattr(cfg, name) != value:
-            raise ValueError(
+            raise Refusal(
                 f"the torch peer of {method} got {name}={getattr(cfg, name)!r}; expected {value!r}, all it has. "
                 "Leave it at its default, or leave out --peer."
             )

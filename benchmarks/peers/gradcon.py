@@ -1,18 +1,22 @@
 """GradCon in plain PyTorch, the way the public code works: pictures are scored one at a time, each with a backward pass
 of its own through the whole network; training differentiates twice with `create_graph`, layer by layer; Adam.
 
-Two decisions favour the peer: pictures wait as tensors on its device instead of coming from a DataLoader; the map is
-smoothed once for the batch by the two matrix products that jaxad uses.
+Decisions that favour the peer: pictures wait as tensors on its device instead of coming from a DataLoader; the map is
+smoothed once for the batch by the two matrix products that jaxad uses; where jaxad's map has a part from the gradients
+(`map` other than "error"), an extension that public code lacks, the peer makes the map of errors alone and only image
+scores are compared.
 """
 
 from __future__ import annotations
+
+import contextlib
 
 import jax
 import torch
 from torch import nn
 from torch.nn import functional
 
-from benchmarks.peers import Peer, tensor
+from benchmarks.peers import Peer, refuse_other, tensor
 from benchmarks.peers.memae import smoother
 from jaxad.methods.gradcon import layers_of, phases, train_step
 
@@ -24,8 +28,6 @@ _ONLY = {
     "ref_grad": "total",
     "cos_eps_mode": "norm",
     "tile": 0,
-    "map": "error",
-    "dtype": "float32",
 }
 
 
@@ -63,15 +65,14 @@ def load(model: GradCon, params) -> GradCon:
     return model
 
 
+def refuse(cfg) -> None:
+    """Raises Refusal for settings that the public code does not have."""
+    refuse_other("gradcon", cfg, _ONLY)
+
+
 def make(state, spec, *, device: str, wrap) -> Peer:
-    """The peer; see `benchmarks.peers.make`. Raises ValueError for settings that it does not have."""
+    """The peer; see `benchmarks.peers.make`."""
     cfg = jax.tree.map(float, state.cfg)
-    wrong = {name: getattr(cfg, name) for name, only in _ONLY.items() if getattr(cfg, name) != only}
-    if wrong:
-        raise ValueError(
-            f"the torch peer of gradcon got {wrong}; expected { ({name: _ONLY[name] for name in wrong}) }. "
-            "Leave them at their defaults, or leave out --peer."
-        )
     model = GradCon(cfg, spec.image[-1]).to(device)
     weights = [layer.weight for layer in model.decoder]
     sums = [torch.zeros_like(weight) for weight in weights]
@@ -79,7 +80,12 @@ def make(state, spec, *, device: str, wrap) -> Peer:
     optimizer = torch.optim.Adam(model.parameters(), lr=cfg.learning_rate, betas=(0.9, 0.999), eps=1e-8)
     height, width = spec.image[:2]
     rows, columns = (smoother(n, cfg.smooth_sigma * height / 256).to(device) for n in (height, width))
-    forward = wrap(model)
+    network = wrap(model)
+
+    def forward(x):
+        half = cfg.dtype == "bfloat16"
+        with torch.autocast(device, torch.bfloat16) if half else contextlib.nullcontext():
+            return network(x).float()
 
     def reset():
         nonlocal count
@@ -121,7 +127,8 @@ def make(state, spec, *, device: str, wrap) -> Peer:
                 scores.append(cfg.score_error_weight * error - cfg.score_gradient_weight * aligned)
                 maps.append(((rebuilt - x) ** 2).mean(dim=1))
         with torch.no_grad():
-            return torch.stack(scores), rows @ torch.cat(maps) @ columns.t()
+            smooth = rows @ torch.cat(maps) @ columns.t()
+            return torch.stack(scores), smooth if cfg.map == "error" else None
 
     reset()
     rounds = [phase.name for phase in phases(cfg) if phase.step is train_step]

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from benchmarks.peers import Peer, tensor
+from benchmarks.peers import Peer, refuse_other, tensor
 
 _BY_RANK = {2: (nn.Conv2d, nn.ConvTranspose2d, nn.BatchNorm2d), 3: (nn.Conv3d, nn.ConvTranspose3d, nn.BatchNorm3d)}
 
@@ -115,14 +115,14 @@ def kernel(values, *, is_transposed: bool):
     return moved.contiguous()
 
 
+def refuse(cfg) -> None:
+    """Raises Refusal for settings that the peer does not have."""
+    refuse_other("memae", cfg, {"empty_policy": "zero", "flip": False})
+
+
 def make(state, spec, *, device: str, wrap) -> Peer:
-    """The peer; see `benchmarks.peers.make`. Raises ValueError for settings that it does not have."""
+    """The peer; see `benchmarks.peers.make`."""
     cfg = jax.tree.map(float, state.cfg)
-    if cfg.empty_policy != "zero" or cfg.flip:
-        raise ValueError(
-            f"the torch peer of memae got empty_policy={cfg.empty_policy!r}, flip={cfg.flip}; expected 'zero' and "
-            "False. Leave them at their defaults, or leave out --peer."
-        )
     model = load(MemAE(cfg, spec.image), state).to(device)
     optimizer = torch.optim.Adam(model.parameters(), lr=cfg.learning_rate, betas=(0.9, 0.999), eps=1e-8)
     height, width = spec.image[-3:-1]

@@ -144,7 +144,7 @@ def kernel(values, *, is_transposed: bool):
 
 
 def refuse(cfg) -> None:
-    """Raises ValueError for settings that the public code does not have."""
+    """Raises Refusal for settings that the public code does not have."""
     expected: dict[str, Any] = {
         "memory": True,
         "update_norm": "all",
@@ -159,9 +159,8 @@ def refuse(cfg) -> None:
 
 
 def make(state, spec, *, device: str, wrap) -> Peer:
-    """The peer; see `benchmarks.peers.make`. Raises ValueError for settings that it does not have."""
+    """The peer; see `benchmarks.peers.make`."""
     cfg = state.cfg
-    refuse(cfg)
     channels = spec.image[-1]
     inputs = channels * (spec.image[0] - 1) if len(spec.image) == 4 else channels
     items = tensor(state.items).to(device)

@@ -237,15 +237,22 @@ class Drawn:
         return [jax.tree.map(lambda a, e=e: a[e], (variables, numbers)) for e in range(count)], fit, rows
 
 
-def make(state, spec, *, device: str, wrap, together: bool = True) -> Peer:
-    """The peer; see `benchmarks.peers.make`. With `together` the walkers of an episode look and act in one batch.
-
-    Raises ValueError for settings that it does not have.
-    """
-    cfg = jax.tree.map(float, state.cfg)
-    plain = {"ae_skip": False, "predictor": "learned", "sampler": "learned", "pool": "all", "alpha_schedule": "const"}
+def refuse(cfg) -> None:
+    """Raises Refusal for settings that the peer does not have."""
+    plain: dict[str, Any] = {
+        "ae_skip": False,
+        "predictor": "learned",
+        "sampler": "learned",
+        "pool": "all",
+        "alpha_schedule": "const",
+    }
     plain |= {"predictor_negatives": "labelled+normal", "tile_shifts": 1, "dtype": "float32", "image_score": "max"}
     refuse_other("neural_batch", cfg, plain)
+
+
+def make(state, spec, *, device: str, wrap, together: bool = True) -> Peer:
+    """The peer; see `benchmarks.peers.make`. With `together` the walkers of an episode look and act in one batch."""
+    cfg = jax.tree.map(float, state.cfg)
     channels, patch, grid, margin = spec.image[-1], cfg.patch, cfg.grid, neural_batch.margin(cfg)
     policy, predictor = Policy(cfg, channels).to(device), Predictor(cfg).to(device)
     network = Autoencoder(cfg, channels).to(device)

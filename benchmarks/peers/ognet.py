@@ -130,9 +130,13 @@ def move(pictures, uniform):
     return torch.stack(moved)
 
 
+def refuse(cfg) -> None:
+    """Raises Refusal for settings that the peer does not have."""
+    refuse_other("ognet", cfg, {"dense": False, "map": "patch", "image_score": "max"})
+
+
 def make(state, spec, *, device: str, wrap) -> Peer:
-    """The peer; see `benchmarks.peers.make`. Raises ValueError for settings that it does not have."""
-    refuse_other("ognet", state.cfg, {"dense": False, "map": "patch", "image_score": "max"})
+    """The peer; see `benchmarks.peers.make`."""
     cfg = jax.tree.map(float, state.cfg)
     height, width, channels = spec.image
     seen = ognet.input_size(cfg, spec.image)

@@ -10,6 +10,7 @@ here; others are refused.
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import torch
@@ -103,15 +104,14 @@ def spread(scores, size, patch: int, stride: int):
 
 
 def refuse(cfg) -> None:
-    """Raises ValueError for settings that the public code does not have."""
-    expected: dict[str, Any] = {"dtype": "float32", "neighbours": 1, "coreset": 1.0, "approximate": False}
+    """Raises Refusal for settings that the public code does not have."""
+    expected: dict[str, Any] = {"neighbours": 1, "coreset": 1.0, "approximate": False}
     refuse_other("patch_svdd", cfg, expected)
 
 
 def make(state, spec, *, device: str, wrap) -> Peer:
-    """The peer; see `benchmarks.peers.make`. Raises ValueError for settings that it does not have."""
+    """The peer; see `benchmarks.peers.make`."""
     cfg, channels = state.cfg, spec.image[-1]
-    refuse(cfg)
     model = load(
         Large(Small(channels, cfg.widths, cfg.features), cfg.hidden, cfg.features), state.params["encoder"]
     ).to(device)
@@ -127,8 +127,10 @@ def make(state, spec, *, device: str, wrap) -> Peer:
         banks[name] = (rows[filled] if bool(filled.any()) else rows).to(device)
 
     def embeddings(images):
-        x = images.float() / 255 - mean
-        return {name: embed_all(network, x, patch, stride) for name, (network, patch, stride) in kinds.items()}
+        x, half = images.float() / 255 - mean, cfg.dtype == "bfloat16"
+        with torch.autocast(device, torch.bfloat16) if half else contextlib.nullcontext():
+            found = {name: embed_all(network, x, patch, stride) for name, (network, patch, stride) in kinds.items()}
+        return {name: embedded.float() for name, embedded in found.items()}
 
     @torch.no_grad()
     def step(batch):

@@ -226,7 +226,7 @@ def smoothed(maps, sigma):
 
 
 def refuse(cfg) -> None:
-    """Raises ValueError for settings that the peer does not have."""
+    """Raises Refusal for settings that the peer does not have."""
     expected: dict[str, Any] = {
         "labels": "clusters",
         "comparator": "feature",
@@ -240,9 +240,8 @@ def refuse(cfg) -> None:
 
 
 def make(state, spec, *, device: str, wrap) -> Peer:
-    """The peer; see `benchmarks.peers.make`. Raises ValueError for settings that it does not have."""
+    """The peer; see `benchmarks.peers.make`."""
     cfg = jax.tree.map(np.asarray, state.cfg)
-    refuse(cfg)
     model = load(Both(cfg, spec.image), state).to(device)
     rates = float(cfg.learning_rate), float(cfg.discriminator_rate)
     nets = model.generator, model.discriminators

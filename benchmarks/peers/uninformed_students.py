@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from benchmarks.peers import Peer, tensor
+from benchmarks.peers import Peer, Refusal, tensor
 from jaxad.nn import dense, patch_net
 
 
@@ -131,14 +131,18 @@ def _moments(seen):
     return float(seen.mean), variance**0.5 if variance > 0 else 1.0
 
 
-def make(state, spec, *, device: str, wrap) -> Peer:
-    """The peer; see `benchmarks.peers.make`. Raises ValueError for settings that it does not have."""
-    cfg = state.cfg
+def refuse(cfg) -> None:
+    """Raises Refusal for settings that the peer does not have."""
     if cfg.out_stride not in (1, 2, 4, 8):
-        raise ValueError(
+        raise Refusal(
             f"the torch peer of uninformed_students got out_stride={cfg.out_stride}; expected 1, 2, 4 or 8, the "
             "strides of its pools. Pass --set out_stride=4, or leave out --peer."
         )
+
+
+def make(state, spec, *, device: str, wrap) -> Peer:
+    """The peer; see `benchmarks.peers.make`."""
+    cfg = state.cfg
     size = tuple(-(-n // cfg.out_stride) for n in spec.image[:2])
     scales = nn.ModuleDict({f"p{patch}": Scale(cfg, patch) for patch in cfg.patches}).to(device)
     constants = (

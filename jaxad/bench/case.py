@@ -32,6 +32,7 @@ class Contender(NamedTuple):
     program: Program | None = None  # the compiled program, of contenders in jax
     compile_seconds: Mapping[str, float] | None = None  # by stage
     after: Mapping[str, Callable] = {}  # stages that follow: name -> (result) -> jax arrays; timed apart
+    changes: Callable | None = None  # (drawn) -> {field: vector}: what the runs so far changed in a state; not timed
 
 
 class Case(NamedTuple):
@@ -44,6 +45,8 @@ class Case(NamedTuple):
     reference: Callable | None = None  # (drawn) -> {name: array}: slow and obvious; arrays may hold the first rows only
     tolerance: float = 1e-3  # largest difference to the reference, relative to the largest magnitude of the array
     checks: int = 1  # runs compared with the reference, one after another; contenders may keep a state
+    changes: Callable | None = None  # () -> {field: vector}: what the reference's runs so far changed in its state
+    changes_tolerance: float = 0.1  # largest disagreement with them, see `worst_change`
     facts: Mapping[str, Any] = {}  # for the record: method, preset, batch, dtype
 
 
@@ -60,6 +63,24 @@ def worst_difference(result: Mapping[str, Any], expected: Mapping[str, Any]) -> 
             "Let `fetch` and `reference` return dicts with the same names."
         )
     return max(_difference(name, result[name], expected[name]) for name in shared)
+
+
+def worst_change(changes: Mapping[str, Any], expected: Mapping[str, Any]) -> tuple[float, str]:
+    """The largest disagreement of two changes of a field that both have, and the field; (0.0, "") if they share none.
+
+    1 - <a, b> / max(|a|^2, |b|^2): 0 for the same change, 1 for none and for one that has nothing to do with it, 2 for
+    the opposite; inf for NaN. Not element by element, nor by the distance: the first steps of Adam are as long for
+    gradients that are only rounding, which turns such steps anywhere.
+    """
+    shared = [name for name in expected if name in changes]
+    return max(((_disagreement(changes[name], expected[name]), name) for name in shared), default=(0.0, ""))
+
+
+def _disagreement(change: Any, expected: Any) -> float:
+    change, expected = np.asarray(change, np.float64), np.asarray(expected, np.float64)
+    longest = max(float(change @ change), float(expected @ expected))
+    found = 1 - float(change @ expected) / longest if longest else 0.0
+    return found if found == found else float("inf")
 
 
 def _difference(name: str, result: Any, expected: Any) -> float:

@@ -23,9 +23,21 @@ from jaxad.core import Method, Phase, Source, Spec
 _STEPS_CHECKED = 2  # the first loss is the same whatever the gradient, the second follows from it
 _PICTURES_CHECKED = 2
 _CHUNK = 50  # steps of a scan, as in `train.drive`
-# Steps amplify rounding. Off the CPU, float32 products are made of shorter ones unless the user says otherwise.
-_TOLERANCES = {("cpu", "float32"): 2e-3, ("cpu", "bfloat16"): 1e-1}
-_ELSEWHERE = {"float32": 2e-2, "bfloat16": 1e-1}
+
+
+class Tolerance(NamedTuple):
+    """Largest differences to the reference."""
+
+    outputs: float  # relative to the largest magnitude
+    changes: float  # of a field of the state, see `worst_change`: 1 would let a step pass that does nothing
+
+
+# Steps amplify rounding. Off the CPU, float32 products are made of shorter ones unless the user says otherwise. Adam
+# divides gradients by their size, so small ones, which are mostly rounding, count like others: MNAD's changes in
+# bfloat16 disagree by 0.4.
+_BFLOAT16 = Tolerance(1e-1, 0.8)
+_TOLERANCES = {("cpu", "float32"): Tolerance(2e-3, 0.05), ("cpu", "bfloat16"): _BFLOAT16}
+_ELSEWHERE = {"float32": Tolerance(2e-2, 0.3), "bfloat16": _BFLOAT16}
 
 
 class Setting(NamedTuple):
@@ -38,7 +50,12 @@ class Setting(NamedTuple):
     target: int  # the frame of a clip that its label belongs to
     batch: int
     dtype: str
-    tolerance: float  # largest difference to the reference
+    tolerance: float  # largest difference of outputs to the reference
+
+    @property
+    def changes_tolerance(self) -> float:
+        """Largest disagreement of what training changes in the state."""
+        return max(self.tolerance, _usual(self.dtype).changes)
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -65,7 +82,8 @@ def set_up(
     """Resolves preset, picture size, batch and dtype, as training does. Raises ValueError where they do not fit.
 
     `tolerance` is the largest difference to the reference, relative to the largest magnitude; None for that of the
-    device and dtype. Steps that are training runs themselves amplify rounding by more than it allows.
+    device and dtype. Steps that are training runs themselves amplify rounding by more than it allows. What they change
+    in the state may disagree by what device and dtype allow, or by `tolerance` where that is more.
     """
     known = {field.name for field in dataclasses.fields(method.config)}
     given = {**({"batch_size": batch} if "batch_size" in known else {}), "dtype": dtype, **(fields or {})}
@@ -75,8 +93,13 @@ def set_up(
     height, width = (size, size) if isinstance(size, int) else size
     picture = (height, width, full.channels or 3)
     shape = (full.clip, *picture) if full.clip else picture
-    tolerance = tolerance or _TOLERANCES.get((jax.default_backend(), dtype)) or _ELSEWHERE[dtype]
+    tolerance = tolerance or _usual(dtype).outputs
     return Setting(method, str(full.preset), cfg, shape, full.target or 0, batch, dtype, tolerance)
+
+
+def _usual(dtype: str) -> Tolerance:
+    """What the device and a dtype allow."""
+    return _TOLERANCES.get((jax.default_backend(), dtype)) or _ELSEWHERE[dtype]
 
 
 def cases(
@@ -91,16 +114,29 @@ def cases(
     Args:
       setting: see `set_up`.
       work: "train" (a case for each phase), "score", or both.
-      rivals: (setting, work, phase index or None, state, spec, key) -> further contenders: peers.
+      rivals: (setting, work, phase index or None, state, spec, key) -> (further contenders: peers, {name: reason} of
+        those left out).
       variants: name -> fields of the config in which a further contender differs, for comparing implementations.
     """
     if "train" in work:
-        phases = setting.method.phases(setting.cfg)
-        first_of = {(phase.step, phase.source): index for index, phase in reversed(list(enumerate(phases)))}
-        for index in sorted(first_of.values()):  # rounds of the same phase are one program
+        for index in _raced_phases(setting):
             yield _training(setting, index, rivals, variants or {})
     if "score" in work:
         yield _scoring(setting, rivals, variants or {})
+
+
+def case_names(setting: Setting, work: Sequence[str]) -> list[str]:
+    """Names of the cases that `cases` would build."""
+    phases = setting.method.phases(setting.cfg)
+    steps = [f"train:{phases[index].name}" for index in _raced_phases(setting)] if "train" in work else []
+    return [setting.name_of(part) for part in (*steps, *(["score"] if "score" in work else []))]
+
+
+def _raced_phases(setting: Setting) -> list[int]:
+    """Indices of the phases; rounds of the same phase are one program."""
+    phases = setting.method.phases(setting.cfg)
+    first_of = {(phase.step, phase.source): index for index, phase in reversed(list(enumerate(phases)))}
+    return sorted(first_of.values())
 
 
 def draw_source(setting: Setting, numbers: np.random.Generator, rows: int, *, labelled: bool = False) -> Source:
@@ -169,10 +205,10 @@ def _training(setting: Setting, index: int, rivals: Callable | None, variants: M
     for name, cfg in configs.items():
         own.append(_trainer(name, _phase(setting, cfg, index), key, start(setting, cfg, spec), given, count))
     state = start(setting, setting.cfg, spec)
-    more = rivals(setting, "train", index, state, spec, key) if rivals else ()
-    reference = _slow_steps(phase, key, start(setting, _precise(setting.cfg), spec), count)
+    more, left_out = rivals(setting, "train", index, state, spec, key) if rivals else ((), {})
+    reference, changes = _slow_steps(phase, key, start(setting, _precise(setting.cfg), spec), count)
     begun[0] = 0
-    facts = {**setting.facts, "work": "train", "phase": phase.name, "steps": count}
+    facts = {**setting.facts, "work": "train", "phase": phase.name, "steps": count, "left_out": left_out}
     return Case(
         setting.name_of(f"train:{phase.name}"),
         draw,
@@ -181,6 +217,8 @@ def _training(setting: Setting, index: int, rivals: Callable | None, variants: M
         reference=reference,
         tolerance=setting.tolerance,
         checks=_STEPS_CHECKED if count == 1 else 1,
+        changes=changes,
+        changes_tolerance=setting.changes_tolerance,
         facts=facts,
     )
 
@@ -191,19 +229,19 @@ def _phase(setting: Setting, cfg: Any, index: int) -> Phase:
 
 def _trainer(name: str, phase: Phase, key: Any, state: Any, given: Steps, count: int) -> Contender:
     """Trains on and on: each run takes the state that the run before it left, which it may overwrite, as in `drive`."""
-
-    def step(state, key, source, first):
-        if count == 1:
-            return train.one_step(phase, key, state, source, first)
-        return train.some_steps(phase, key, state, source, first, count)
-
-    program = compile_program(step, state, key, jax.device_put(given.source), given.first, donate=(0,))
-    held = [state]
+    program = _compile_steps(phase, key, state, given, count, donate=(0,))
+    begun, held = _on_host(state), [state]
     del state
 
     def run(steps):
         held[0], found = program.call(held[0], key, steps.source, steps.first)
         return found, held[0]
+
+    def changes(drawn):
+        if count <= _STEPS_CHECKED:
+            return _changes(begun, held[0])
+        few = _compile_steps(phase, key, begun, drawn, _STEPS_CHECKED)  # of a scan: the reference goes no further
+        return _changes(begun, few.call(begun, key, drawn.source, drawn.first)[0])
 
     return Contender(
         name,
@@ -213,7 +251,53 @@ def _trainer(name: str, phase: Phase, key: Any, state: Any, given: Steps, count:
         flops=program.flops,
         program=program,
         compile_seconds=program.seconds,
+        changes=changes,
     )
+
+
+def _compile_steps(phase: Phase, key: Any, state: Any, given: Steps, count: int, **options: Any) -> Program:
+    def steps(state, key, source, first):
+        if count == 1:
+            return train.one_step(phase, key, state, source, first)
+        return train.some_steps(phase, key, state, source, first, count)
+
+    return compile_program(steps, state, key, jax.device_put(given.source), given.first, **options)
+
+
+_copied = jax.jit(functools.partial(jax.tree.map, jnp.copy))
+
+
+def _on_host(state: Any) -> Any:
+    """A copy: on the CPU `device_get` alone gives views, of memory that the next step wants to overwrite."""
+    return jax.device_get(_copied(state))
+
+
+def _changes(begun: Any, state: Any) -> dict[str, np.ndarray]:
+    """What steps changed in a state, of float leaves: a vector for each field that holds arrays, by its path.
+
+    The moments of an optimiser are left out. Steps are made of them, and the squares among them double each rounding.
+    """
+    found: dict[str, list[np.ndarray]] = {}
+    befores, afters = (jax.tree_util.tree_leaves_with_path(s, is_leaf=_is_moments) for s in (begun, _on_host(state)))
+    for (path, before), (_, after) in zip(befores, afters, strict=True):
+        if _is_moments(before) or not jnp.issubdtype(before.dtype, jnp.floating):
+            continue
+        if np.isfinite(before).all():  # the least value of no pictures is infinite
+            found.setdefault(_field(path), []).append((after - before).ravel())
+    return {name: np.concatenate(parts) for name, parts in found.items()}
+
+
+def _is_moments(node: Any) -> bool:
+    return type(node).__module__.startswith("optax")
+
+
+def _field(path: tuple) -> str:
+    """The path to a leaf without the layers of its network: ".generator.params" of ".generator.params['up']['bias']".
+
+    Fields are compared apart: running statistics, say, change by far more than the weights beside them.
+    """
+    named = [depth for depth, key in enumerate(path, 1) if isinstance(key, jax.tree_util.GetAttrKey)]
+    return jax.tree_util.keystr(path[: named[-1] if named else 1])
 
 
 def telling(found: Mapping[str, Any]) -> dict[str, Any]:
@@ -221,9 +305,13 @@ def telling(found: Mapping[str, Any]) -> dict[str, Any]:
     return {"loss": found["loss"]} if "loss" in found else dict(found)
 
 
-def _slow_steps(phase: Phase, key: Any, state: Any, count: int) -> Callable:
-    """The same steps operation by operation, in float32 at the highest precision; of a scan the first few."""
-    held = [state]
+def _slow_steps(phase: Phase, key: Any, state: Any, count: int) -> tuple[Callable, Callable]:
+    """The same steps operation by operation, in float32 at the highest precision; of a scan the first few.
+
+    Returns:
+      (drawn) -> metrics, and () -> what these steps changed in the state.
+    """
+    begun, held = _on_host(state), [state]
     batch_at = jax.jit(functools.partial(train.batch_at, phase=phase))
 
     def reference(drawn):
@@ -236,7 +324,7 @@ def _slow_steps(phase: Phase, key: Any, state: Any, count: int) -> Callable:
             found.append(telling(jax.device_get(metrics_of_step)))
         return found[0] if count == 1 else jax.tree.map(lambda *values: np.stack(values), *found)
 
-    return reference
+    return reference, lambda: _changes(begun, held[0])
 
 
 def _precise(cfg: Any) -> Any:
@@ -257,7 +345,7 @@ def _scoring(setting: Setting, rivals: Callable | None, variants: Mapping) -> Ca
     given = jax.device_put(draw(np.random.default_rng(0)))
     own = [_scorer(name, setting, start(setting, cfg, spec), given) for name, cfg in configs.items()]
     state = start(setting, setting.cfg, spec)
-    more = rivals(setting, "score", None, state, spec, None) if rivals else ()
+    more, left_out = rivals(setting, "score", None, state, spec, None) if rivals else ((), {})
     reference = _slow_scores(setting.method, start(setting, _precise(setting.cfg), spec))
     return Case(
         setting.name_of("score"),
@@ -266,7 +354,7 @@ def _scoring(setting: Setting, rivals: Callable | None, variants: Mapping) -> Ca
         samples=setting.batch,
         reference=reference,
         tolerance=setting.tolerance,
-        facts={**setting.facts, "work": "score"},
+        facts={**setting.facts, "work": "score", "left_out": left_out},
     )
 
 

@@ -6,7 +6,7 @@ work (means and percentiles over all runs are in the record). Every run has inpu
 the turn. The first run of a turn of several is not counted: it finds threads asleep and caches full of others' data.
 
 What makes a timing invalid:
-  * an output that differs from the reference by more than the tolerance;
+  * an output, or a change of a state, that differs from the reference by more than the tolerance;
   * work that goes on after `wait`: fetching the last result then takes far longer than copying it could;
   * more FLOP/s than this machine's ceiling.
 """
@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from jaxad.bench.case import BenchmarkError, Case, Contender, worst_difference
+from jaxad.bench.case import BenchmarkError, Case, Contender, worst_change, worst_difference
 from jaxad.bench.machine import PeakMemory
 
 _SETTLE = 0.02  # seconds before a turn: the threads of the contender before spin for a while when they are done
@@ -53,14 +53,17 @@ class Turn(NamedTuple):
 def check(case: Case, numbers: np.random.Generator) -> dict[str, Any]:
     """Compares every contender's first outputs with the reference, or without one with the first contender's.
 
+    Where the case and a contender can tell, what the runs changed in its state is compared, too.
+
     Returns:
-      {"against", "tolerance", "worst": {contender: largest difference}, "seen_bytes": {contender: peak memory of the
-      first run}, "seen_how"}.
+      {"against", "tolerance", "worst": {contender: largest difference}, "changes": {contender: largest disagreement},
+      "seen_bytes": {contender: peak memory of the first run}, "seen_how"}.
 
     Raises:
       BenchmarkError: one differs by more than the tolerance.
     """
     worst: dict[str, float] = {}
+    changed: dict[str, tuple[float, str]] = {}
     seen: dict[str, int | None] = {}
     for _ in range(case.checks):
         drawn = case.draw(numbers)
@@ -72,14 +75,27 @@ def check(case: Case, numbers: np.random.Generator) -> dict[str, Any]:
             seen.setdefault(contender.name, peak.bytes)  # of the first run: later ones find memory that is held already
             expected = result if expected is None else expected
             worst[contender.name] = max(worst.get(contender.name, 0.0), worst_difference(result, expected))
+        moved = case.changes() if case.changes else {}
+        for contender in case.contenders:  # after all first runs, whose peak of memory this could hide
+            if moved and contender.changes:
+                found = worst_change(contender.changes(drawn), moved)
+                changed[contender.name] = max(changed.get(contender.name, found), found)
     for name, difference in worst.items():
         if not difference <= case.tolerance:
             raise BenchmarkError(
                 f"{case.name}: outputs of {name!r} differ from the reference by {difference:.2g} of its magnitude; "
                 f"expected at most {case.tolerance:.2g}. Mend it before timing it."
             )
+    for name, (disagreement, field) in changed.items():
+        if not disagreement <= case.changes_tolerance:
+            raise BenchmarkError(
+                f"{case.name}: {name!r} changes {field!r} of its state otherwise than the reference, by "
+                f"{disagreement:.2g} where no change is 1 and the opposite 2; expected at most "
+                f"{case.changes_tolerance:.2g}. Mend it before timing it."
+            )
     against = "reference" if case.reference is not None else case.contenders[0].name
     facts = {"against": against, "tolerance": case.tolerance, "worst": worst}
+    facts["changes"] = {name: disagreement for name, (disagreement, _) in changed.items()}
     return {**facts, "seen_bytes": seen, "seen_how": peak.how}
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import pathlib
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+import traceback
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -40,7 +41,7 @@ def measure(case: Case, ceilings: machine.Ceilings, *, effort: race.Effort | Non
     contenders = [_record(case, c, turns[c.name], checked, best) for c in case.contenders]
     ratios = {c.name: ratio([r[c.name] / r[first] for r in rounds]) for c in case.contenders[1:]}
     record = {"case": case.name, **case.facts, "samples": case.samples, "ceilings": best, "other_load": others.share}
-    record["check"] = {name: checked[name] for name in ("against", "tolerance", "worst")}
+    record["check"] = {name: checked[name] for name in ("against", "tolerance", "worst", "changes")}
     return {**record, "contenders": contenders, "time_over": {"name": first, "ratios": ratios}}
 
 
@@ -94,7 +95,24 @@ def _record(case: Case, contender: Contender, turns: list[race.Turn], checked: M
     }
 
 
-def record_of(records: Sequence[Mapping], settings: Mapping[str, Any], ceilings: machine.Ceilings) -> dict[str, Any]:
+class Failure(NamedTuple):
+    """In place of a case that could not be built."""
+
+    name: str
+    error: Exception
+
+
+def tried(name: str, cases: Iterable[Case]) -> Iterator[Case | Failure]:
+    """The cases; where building one fails, a failure of this name instead of it and those after it."""
+    try:
+        yield from cases
+    except Exception as error:  # noqa: BLE001 - a compiler or an allocator may raise anything
+        yield Failure(name, error)
+
+
+def record_of(
+    records: Sequence[Mapping], failed: Mapping[str, str], settings: Mapping[str, Any], ceilings: machine.Ceilings
+) -> dict[str, Any]:
     """The whole record of a run, to be written as JSON."""
     return {
         "schema": SCHEMA,
@@ -102,7 +120,18 @@ def record_of(records: Sequence[Mapping], settings: Mapping[str, Any], ceilings:
         "environment": machine.environment(),
         "ceilings": ceilings.best,
         "cases": list(records),
+        "failed": dict(failed),
     }
+
+
+def refuse_failures(record: Mapping[str, Any]) -> None:
+    """Raises BenchmarkError where cases failed, naming them."""
+    failed = record["failed"]
+    if failed:
+        raise BenchmarkError(
+            f"{len(failed)} of {len(failed) + len(record['cases'])} cases failed; the others are measured. "
+            "Mend these, or leave them out:\n" + "\n".join(f"  {name}: {reason}" for name, reason in failed.items())
+        )
 
 
 def rows(record: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -120,12 +149,25 @@ def rows(record: Mapping[str, Any]) -> list[dict[str, Any]]:
             "of product": _percent(c["share_of"]["product"]),
             "of conv": _percent(c["share_of"]["convolution"]),
             "of copy": _percent(c["share_of"]["copy"]),
-            "compile s": sum(c["compile_seconds"].values()) if c["compile_seconds"] else None,
+            "compile s": compile_cell(c),
             "peak MiB": c["memory"]["program"]["peak"] / 2**20 if c["memory"]["program"] else None,
             "seen MiB": c["memory"]["seen"] / 2**20 if c["memory"]["seen"] is not None else None,
         }
         for c in record["contenders"]
     ]
+
+
+def compile_cell(contender: Mapping[str, Any]) -> float | str | None:
+    """Seconds of compiling, marked where the program was read from jax's cache instead; None without them."""
+    if not contender["compile_seconds"]:
+        return None
+    seconds = sum(contender["compile_seconds"].values())
+    return f"{seconds:.3g} (cached)" if contender.get("compile_cached") else seconds
+
+
+def left_out_rows(record: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """One row for each contender that takes no part in a case, with the reason."""
+    return [{"left out": name, "because": reason} for name, reason in record.get("left_out", {}).items()]
 
 
 def ratio_rows(record: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -147,32 +189,44 @@ def _percent(value: float | None) -> str | None:
     return None if value is None else f"{value:.0%}"
 
 
+def check_comparable(old: Mapping[str, Any], cases: Sequence[str]) -> None:
+    """Refuses an older record with which cases of these names, to be measured here, cannot be compared.
+
+    Raises:
+      ValueError: another schema or device, no case in common, or one without its numbers.
+    """
+    device = files.device_name()
+    for name, one, other in (
+        ("schema", old.get("schema"), SCHEMA),
+        ("device", old.get("environment", {}).get("device"), device),
+    ):
+        if one != other:
+            raise ValueError(
+                f"--compare: the older record has {name} {one!r}; expected {other!r}, as measured now. "
+                f"Pass a file that jaxad bench --json wrote on {device!r}."
+            )
+    try:
+        before = {case for case, _ in dict(_costs(old))}
+    except (KeyError, TypeError) as error:
+        raise ValueError(
+            f"--compare: a case of the older record lacks {error}; expected seconds, spread and ceilings of each. "
+            "Measure it again with jaxad bench --json."
+        ) from error
+    if not before & set(cases):
+        raise ValueError(
+            f"--compare: the older record has none of {sorted(cases)}; expected at least one case in common. "
+            f"Run bench with the method, preset, batch and dtype of one that it has: {sorted(before)}."
+        )
+
+
 def compare(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[dict[str, Any]]:
     """What changed between two records: a row for each contender of each case that both have.
 
     Seconds are multiplied by the matrix-product ceiling measured beside them: the same machine is not always equally
     fast. "slower" or "faster" is a change of more than a tenth and of more than the interquartile ranges of both.
-
-    Raises:
-      ValueError: another schema or device, or no case in common.
     """
-    for name, one, other in (
-        ("schema", old.get("schema"), new["schema"]),
-        ("device", old.get("environment", {}).get("device"), new["environment"]["device"]),
-    ):
-        if one != other:
-            raise ValueError(
-                f"--compare: the older record has {name} {one!r}; expected {other!r}, as measured now. "
-                f"Pass a file that jaxad bench --json wrote on {new['environment']['device']!r}."
-            )
     before, after = dict(_costs(old)), dict(_costs(new))
-    shared = [key for key in after if key in before]
-    if not shared:
-        raise ValueError(
-            f"--compare: the older record has none of {sorted({case for case, _ in after})}; expected at least one "
-            "case in common. Run bench with the method, preset, batch and dtype of the older record."
-        )
-    return [_change(*key, before[key], after[key]) for key in shared]
+    return [_change(*key, before[key], after[key]) for key in after if key in before]
 
 
 def _costs(record: Mapping[str, Any]) -> Iterable[tuple[tuple[str, str], tuple[float, float]]]:
@@ -189,9 +243,9 @@ def _change(case: str, name: str, old: tuple[float, float], new: tuple[float, fl
 
 
 def run_all(
-    cases: Iterable[Case], *, console: Any, rounds: int, settings: Mapping[str, Any], out: pathlib.Path | None
+    cases: Iterable[Case | Failure], *, console: Any, rounds: int, settings: Mapping[str, Any], out: pathlib.Path | None
 ) -> dict[str, Any]:
-    """Measures cases one after another and prints them: the whole record.
+    """Measures cases one after another and prints them: the whole record. Goes on past those that fail.
 
     Args:
       cases: made one at a time; what an earlier one compiled is dropped.
@@ -201,18 +255,39 @@ def run_all(
       out: the file that the record is written to after every case, so that an error or a kill loses one case only.
     """
     effort = race.Effort(rounds=rounds, least_rounds=min(rounds, race.Effort().least_rounds))
-    ceilings, records = machine.Ceilings(), []
+    ceilings, records, failed = machine.Ceilings(), [], {}
     for case in cases:
-        console.say(f"{case.name}: {', '.join(c.name for c in case.contenders)}")
-        records.append(measure(case, ceilings, effort=effort))
-        console.table(rows(records[-1]))
-        console.table(ratio_rows(records[-1]))
-        if (records[-1]["other_load"] or 0) > _BUSY:
-            console.say(
-                f"other programs took {records[-1]['other_load']:.0%} of the processors meanwhile: "
-                "expect noise, and unfair ratios where a contender's threads wait for each other"
-            )
+        try:
+            records.append(_measure_and_print(case, ceilings, effort, console))
+        except Exception as error:  # noqa: BLE001 - whatever stops one case, such as its memory, leaves the others
+            failed[case.name] = _reason(case.name, error)
+            console.say(f"{case.name} failed: {failed[case.name]}")
+            if not isinstance(error, ValueError):
+                console.say("".join(traceback.format_exception(error)))
         if out:
             out.parent.mkdir(parents=True, exist_ok=True)
-            files.write_json(out, record_of(records, {**settings, "rounds": rounds}, ceilings))
-    return record_of(records, {**settings, "rounds": rounds}, ceilings)
+            files.write_json(out, record_of(records, failed, {**settings, "rounds": rounds}, ceilings))
+        del case  # with what it compiled and holds on the device, before the next is built
+    return record_of(records, failed, {**settings, "rounds": rounds}, ceilings)
+
+
+def _measure_and_print(case: Case | Failure, ceilings: machine.Ceilings, effort: race.Effort, console: Any) -> dict:
+    if isinstance(case, Failure):
+        raise case.error
+    console.say(f"{case.name}: {', '.join(c.name for c in case.contenders)}")
+    record = measure(case, ceilings, effort=effort)
+    for table in (rows(record), ratio_rows(record), left_out_rows(record)):
+        if table:
+            console.table(table)
+    if (record["other_load"] or 0) > _BUSY:
+        console.say(
+            f"other programs took {record['other_load']:.0%} of the processors meanwhile: "
+            "expect noise, and unfair ratios where a contender's threads wait for each other"
+        )
+    return record
+
+
+def _reason(name: str, error: Exception) -> str:
+    """Why a case failed, in one line without its name."""
+    text = (str(error).strip().splitlines() or [""])[0].removeprefix(f"{name}: ")
+    return text if isinstance(error, ValueError) else f"{type(error).__name__}: {text}"

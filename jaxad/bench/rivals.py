@@ -35,8 +35,10 @@ def find_peers() -> Any:
     return importlib.import_module("benchmarks.peers")
 
 
-def rivals(say: Callable, methods: Sequence[str]) -> Callable:
-    """The `rivals` of `methods.cases`: torch, torch under torch.compile, or a word to `say` why not, and further forms.
+def rivals(methods: Sequence[str]) -> Callable:
+    """The `rivals` of `methods.cases`: torch, torch under torch.compile, and further forms; or why they are left out.
+
+    Left out are a peer that does not have the setting, one that runs out of memory, and what torch.compile cannot do.
 
     Raises:
       ValueError: a method has no peer, or torch is missing; told before anything is measured.
@@ -45,29 +47,30 @@ def rivals(say: Callable, methods: Sequence[str]) -> Callable:
     for method in methods:
         peers.check(method)
 
-    def build(setting: Setting, work: str, index: int | None, state: Any, spec: Any, key: Any) -> list[Contender]:
+    import torch
+
+    def build(
+        setting: Setting, work: str, index: int | None, state: Any, spec: Any, key: Any
+    ) -> tuple[list[Contender], dict[str, str]]:
         found: list[Contender] = []
+        left_out: dict[str, str] = {}
         forms = [("torch", False, None), ("torch.compile", True, None)]
         if work == "train":
             forms += [(f"torch, {form}", False, form) for form in peers.forms(setting.method.name)]
         for name, compiled, form in forms:
-            peer = peers.make(setting.method.name, state, spec, compiled=compiled, form=form)
-            if work == "train" and setting.method.phases(setting.cfg)[index].name not in peer.steps:
-                say(f"the peer of {setting.method.name} has no such phase: it is timed alone")
-                return []
-            contender = _scorer(peers, peer, setting) if work == "score" else _stepper(peers, peer, setting, index, key)
+            expected = Exception if compiled else (peers.Refusal, torch.OutOfMemoryError)
             try:
-                seconds, flops = _first_run(contender, setting, work, compiled)
-            except Exception as error:  # noqa: BLE001 - whatever stops torch.compile, the race goes on without it
-                if not compiled:
-                    raise
-                say(f"{name} of {setting.method.name} {work} left out: {type(error).__name__}: {_first_line(error)}")
+                peer = peers.make(setting.method.name, state, spec, compiled=compiled, form=form)
+                own = _scorer(peers, peer, setting) if work == "score" else _stepper(peers, peer, setting, index, key)
+                seconds, flops = _first_run(own, setting, work, compiled)
+            except expected as error:
+                left_out[name] = _reason(error)
                 continue
             peer.reset()
             flops = found[0].flops if found else flops
             compiling = {"compile": seconds} if compiled else None
-            found.append(contender._replace(name=name, flops=flops, compile_seconds=compiling))
-        return found
+            found.append(own._replace(name=name, flops=flops, compile_seconds=compiling))
+        return found, left_out
 
     return build
 
@@ -93,12 +96,17 @@ def _first_run(contender: Contender, setting: Setting, work: str, compiled: bool
 
 def _scorer(peers: Any, peer: Any, setting: Setting) -> Contender:
     rows = np.arange(setting.batch, dtype=np.int32)
+
+    def fetch(result):
+        named = zip(("image", "map"), result, strict=True)
+        return {name: values.cpu().float().numpy() for name, values in named if values is not None}
+
     return Contender(
         "torch",
         peer.score,
         put=lambda source: peers.place(_pictures(source, rows)[0]),
         wait=peers.wait,
-        fetch=lambda result: dict(zip(("image", "map"), (r.cpu().float().numpy() for r in result), strict=True)),
+        fetch=fetch,
     )
 
 
@@ -106,6 +114,8 @@ def _stepper(peers: Any, peer: Any, setting: Setting, index: int | None, key: An
     """Steps on the very batches that jaxad's steps see. Gathering them is not timed, which favours the peer."""
     assert index is not None
     phase = setting.method.phases(setting.cfg)[index]._replace(batch_size=setting.batch)
+    if phase.name not in peer.steps:
+        raise peers.Refusal(f"the torch peer of {setting.method.name} has no phase {phase.name!r}")
     step, count, size = peer.steps[phase.name], steps_of_run(phase), rows_of(setting)
     rows_at = jax.jit(lambda t: train.batch_rows(key, phase, t, size=size)[0])
 
@@ -133,5 +143,7 @@ def _pictures(source: Any, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np
     return np.rint(np.asarray(images) * 255).astype(np.uint8), np.asarray(labels), np.asarray(masks)
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [""])[0][:200]
+def _reason(error: Exception) -> str:
+    """One line: what a refusal says, or the kind of any other error with its first line."""
+    text = (str(error).strip().splitlines() or [""])[0][:200]
+    return text if type(error).__name__ == "Refusal" else f"{type(error).__name__}: {text}"

@@ -7,7 +7,6 @@ from typing import Annotated
 
 import tyro
 
-from jaxad.bench.__main__ import BATCHES
 from jaxad.bench.__main__ import bench as measure
 from jaxad.cli.app import Flag, app
 
@@ -18,7 +17,7 @@ def bench(
     *,
     preset: str | None = None,
     image_size: str | None = None,
-    batch: str = BATCHES,
+    batch: str | None = None,
     dtype: str = "float32",
     train: Flag = False,
     score: Flag = False,
@@ -35,7 +34,7 @@ def bench(
       method: name of a method (see `jaxad list`), or all.
       preset: named settings of the method; its default on this device if not given.
       image_size: pixels a side, or HEIGHTxWIDTH; the preset's if not given.
-      batch: batch sizes with commas between.
+      batch: batch sizes with commas between; 1, 8, 32 and 128 if not given, as far as the method's settings allow them.
       dtype: float32, bfloat16, or both with a comma between.
       train: training only, unless --score is given too.
       score: scoring only, unless --train is given too.

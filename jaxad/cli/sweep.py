@@ -61,14 +61,16 @@ def sweep(
       clip_stride: frames between the starts of clips, for videos; 1 if not given.
       fpr: share of normal pictures that may be called anomalous.
       mesh: devices, such as run=4,data=2; run spreads members, data splits batches; all over members if not given.
+        Without workers only: each of them spreads its members over an equal part of its machine.
       members: at most so many at a time; as many as the memory takes if not given.
       workers: processes to hand groups of members to, over ray; 0 computes here.
       out: folder of the sweep; a new one below runs/ if not given.
       quiet: print nothing.
     """
-    from jaxad import files
+    from jaxad import distributed, files
     from jaxad.members import use_all_cores
 
+    distributed.check_alone("sweep")
     use_all_cores()
     if workers:  # else this process, which computes nothing, takes most of the memory of an accelerator beforehand
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")

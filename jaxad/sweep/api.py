@@ -16,10 +16,16 @@ from jaxad.core import Method
 from jaxad.sweep import stats
 from jaxad.sweep.engine import Group, Limits, compute_group, groups_of
 from jaxad.sweep.folder import Folder
-from jaxad.sweep.grid import Member, Request, find_cell, members_of
+from jaxad.sweep.grid import Member, Request, find_cell, members_of, python_value
 from jaxad.sweep.stack import Library
 
-METRICS = ("image_auroc", "image_ap", "image_f1max", "pixel_auroc", "pixel_ap", "pixel_f1max", "aupro", "aupro_005")
+_IN_ORDER = ("ordered_auroc", "ordered_auroc_video_protocol")
+_OF_VIDEOS = ("image_auroc_video_protocol", *_IN_ORDER)
+# What cells may be compared by, all of them better the higher. The first that is defined is the default.
+METRICS = (
+    *("image_auroc", "image_ap", "image_f1max", "pixel_auroc", "pixel_ap", "pixel_f1max", "aupro", "aupro_005"),
+    *("image_auroc_of_map_max", "image_auroc_of_map_mean", *_OF_VIDEOS),
+)
 
 
 def run(
@@ -61,17 +67,19 @@ def run(
       The table: a dict for each member, its axes, seed and measures.
 
     Raises:
-      ValueError: settings or data that cannot work, a folder that holds something else.
+      ValueError: settings or data that cannot work, a metric that the table would not have, a folder that holds
+        something else.
     """
+    seeds, normal_class, options = python_value(seeds), python_value(normal_class), python_value(options)
     fields = {field.name for field in dataclasses.fields(settings.Settings)} - {"method", "data", "config"}
     chosen = {name: value for name, value in options.items() if name in fields}
     config = {name: value for name, value in options.items() if name not in fields}
-    several = normal_class if isinstance(normal_class, list | tuple) else (normal_class,)
+    several = normal_class if isinstance(normal_class, tuple) else (normal_class,)
     request = Request(
         base=settings.Settings(method=method, config=config, **chosen),
         data=(data,) if isinstance(data, str) else tuple(data),
         normal_classes=tuple(several),
-        grid={name: tuple(values) for name, values in (grid or {}).items()},
+        grid={name: tuple(map(python_value, values)) for name, values in (grid or {}).items()},
         seeds=tuple(range(seeds)) if isinstance(seeds, int) else tuple(seeds),
     )
     return run_request(request, out, metric=metric, base=base, limits=limits, workers=workers, console=console)
@@ -93,9 +101,14 @@ def run_request(
         raise ValueError(
             f"sweep: jax runs in {jax.process_count()} processes; expected one. Start it once and pass --workers N."
         )
-    if metric is not None and metric not in METRICS:
-        raise ValueError(f"--metric {metric!r} is unknown; expected one of {', '.join(METRICS)}. Pass --metric aupro.")
+    if workers and limits.mesh is not None:
+        raise ValueError(
+            f"--mesh with --workers {workers}: a mesh is of the devices here, and workers have others; expected one of "
+            "the two. Leave --mesh out: each worker spreads its members over all devices that it has."
+        )
     method = methods.get(request.base.method)
+    if metric is not None:
+        _check_metric(metric, method)
     # Named now: the default depends on the device, and workers, or a later start that goes on, may have another one.
     preset = request.base.preset or settings.default_preset(method)
     request = dataclasses.replace(request, base=dataclasses.replace(request.base, preset=preset))
@@ -106,6 +119,8 @@ def run_request(
             shard.check_batches(method.phases(member.cfg), limits.mesh)
     library = Library()
     groups = _plan(method, members, library, console)
+    if metric is not None:
+        _check_videos(metric, members, library)
     folder = Folder(pathlib.Path(out) if out is not None else None)
     fingerprints = {_data_key(member): library.get(member.settings).fingerprint for member in members}
     folder.open(request, fingerprints, [[member.index for member in group.members] for group in groups])
@@ -170,6 +185,26 @@ def _plan(method: Method, members: list[Member], library: Library, console: Cons
     for member in members:
         method.check(member.cfg, library.get(member.settings).spec)
     return groups_of(method, members, library)
+
+
+def _check_metric(metric: str, method: Method) -> None:
+    """Refuses a measure that the method's table cannot have. Raises ValueError."""
+    if metric not in METRICS:
+        raise ValueError(f"--metric {metric!r} is unknown; expected one of {', '.join(METRICS)}. Pass --metric aupro.")
+    if metric in _IN_ORDER and method.ordered is None:
+        raise ValueError(
+            f"--metric {metric!r} is of methods that adapt to samples in order, and {method.name!r} scores each by "
+            "itself; expected another measure. Pass --metric image_auroc."
+        )
+
+
+def _check_videos(metric: str, members: Sequence[Member], library: Library) -> None:
+    """Refuses a measure of videos where there are none. Raises ValueError."""
+    if metric in _OF_VIDEOS and not any(any(library.get(member.settings).groups) for member in members):
+        raise ValueError(
+            f"--metric {metric!r} is of frames of videos, and no test sample is one; expected another measure. "
+            "Pass --metric image_auroc."
+        )
 
 
 def _announce(request: Request, members: list[Member], groups: list[Group], folder: Folder, console: Console) -> None:

@@ -12,19 +12,29 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxad import score, shard, train
+from jaxad import adaptation, score, shard, train
 from jaxad.console import Console
 from jaxad.core import Method, Source, as_arrays, spec_of
 from jaxad.detector import batch_size_for
 from jaxad.files import plain
 from jaxad.measure import figures
-from jaxad.members import Members, Programs, default_way, one_of
+from jaxad.members import Members, Programs, bytes_of, default_way, one_of
 from jaxad.sweep.grid import Member, static_key
-from jaxad.sweep.member import Ask, Outcome, new_histogram, run_pieces, tally_program
+from jaxad.sweep.member import (
+    Ask,
+    InOrder,
+    Outcome,
+    calibrate_program,
+    holdout_program,
+    new_histogram,
+    ordered_program,
+    run_pieces,
+    tally_program,
+)
+from jaxad.sweep.memory import free_bytes
 from jaxad.sweep.stack import Library, Loaded, Stack
 
 _NUMBERS = (float, int, np.generic, type(None))
-_HEADROOM = 0.85  # of the free memory: programs are not all that lives there
 
 
 class Limits(NamedTuple):
@@ -129,6 +139,18 @@ def is_out_of_memory(error: BaseException) -> bool:
     return "RESOURCE_EXHAUSTED" in text or "out of memory" in text.lower()
 
 
+def spread(total: int, most: int, devices: int) -> int:
+    """How many of `total` members to compute at a time if `most` of them may be: a multiple of the devices.
+
+    Each device has its share of a chunk, chunk after chunk, and a place left empty in the last one costs as much as a
+    member; so the fewest places in all, and the largest such chunk. Never below half of what may be: small chunks leave
+    accelerators idle.
+    """
+    rounds = -(-total // devices)
+    largest = rounds if most >= total else max(most // devices, 1)
+    return devices * min(range(largest, largest // 2, -1), key=lambda share: _up(rounds, share))
+
+
 def _mean(values: np.ndarray) -> float:
     """Of the finite values; NaN without any."""
     finite = values[np.isfinite(values)]
@@ -198,7 +220,12 @@ class _Work:
         return [{**self._row(member, outcome, i), **timing} for i, member in enumerate(members)]
 
     def _batch_size(self) -> int:
-        return batch_size_for(next(iter(self.data.values())).spec)
+        """Samples scored at a time, as many on each of the devices that share a batch."""
+        return _up(batch_size_for(next(iter(self.data.values())).spec), getattr(self.place_batch, "devices", 1))
+
+    def _in_order(self) -> bool:
+        """Whether samples are scored in order, too, as a lone run does where they are frames of videos."""
+        return self.method.ordered is not None and any(any(loaded.groups) for loaded in self.data.values())
 
     def _arguments(self, members: Sequence[Member], programs: Programs) -> tuple[Any, Any, dict[str, Source], Ask]:
         """What `run_pieces` takes, on the device."""
@@ -209,7 +236,7 @@ class _Work:
         places = None
         if "holdout" in data:
             places = programs.place(np.asarray([self._places(member) for member in members], np.int32))
-        return keys, cfg, data, Ask(self.stack.truth, places)
+        return keys, cfg, data, Ask(self.stack.truth, places, self._in_order())
 
     def _loaded(self, member: Member) -> Loaded:
         return list(self.data.values())[self.which[member.index]]
@@ -232,25 +259,37 @@ class _Work:
             image, tops, means = (values[i][:size] for values in (outcome.image, outcome.map_max, outcome.map_mean))
             pixel = {name: values[i] for name, values in outcome.pixel.items()}
             measured = figures(image, tops, means, pixel, calibration, labels=loaded.labels, groups=loaded.groups)
+            measured |= self._ordered_figures(member, outcome.ordered, i)
             row |= {name: plain(value) for name, value in measured.items() if isinstance(value, _NUMBERS)}
         for phase, values in outcome.last.items():
             row |= {f"{phase}.{name}": float(value[i]) for name, value in values.items()}
         return row
 
+    def _ordered_figures(self, member: Member, ordered: InOrder | None, i: int) -> dict[str, float]:
+        """Measures of a member's ordered pass; none where its samples are no frames of videos."""
+        loaded = self._loaded(member)
+        if ordered is None or not any(loaded.groups):
+            return {}
+        image, parts = jax.tree.map(lambda values: values[i][: len(loaded.labels)], ordered)
+        cfg = jax.device_get(as_arrays(member.cfg))  # rounded as in the state of a lone run
+        groups = np.asarray(loaded.groups)
+        return adaptation.ordered_figures(self.method, cfg, image, parts, groups=groups, labels=loaded.labels)
+
     # --- memory ---------------------------------------------------------------------------------------------------
 
     def chunk_size(self) -> int:
-        """How many members to compute at a time: as many as fit, evenly spread over chunks."""
-        total, most = len(self.group.members), self.limits.members or len(self.group.members)
+        """How many members to compute at a time: all of them, or else as many as fit and leave few places empty."""
+        total = len(self.group.members)
         budget = self.limits.budget or free_bytes(self.mesh)
-        size = self._even(min(total, most))
+        size = asked = spread(total, self.limits.members or total, self.devices)
         while smaller := self._smaller(size, budget):
             size = smaller
         need = self._programs(size).bytes
         chunks = -(-total // size)
         where = f" on each of {self.devices} devices" if self.devices > 1 else ""
         free = f" of {_gib(budget)}" if budget is not None else ""
-        many = "at once" if chunks == 1 else f"in {chunks} chunks of {size}"
+        why = "as asked" if size == asked else "to fit the memory"
+        many = "at once" if chunks == 1 else f"in {chunks} chunks of {size}, {why}"
         compiled = f"compiled in {self._programs(size).seconds:.1f} s"
         self.console.say(
             f"group {self.group.number + 1}: {total} members {many}: {_gib(need)}{free}{where}; {compiled}"
@@ -272,13 +311,7 @@ class _Work:
             each = max((need - least) / (size - self.devices), 1)
             fitting = self.devices + int(max(budget - least, 0) / each)
         self.programs.pop(size, None)
-        return self._even(max(self.devices, min(fitting, size - self.devices)))
-
-    def _even(self, most: int) -> int:
-        """At most `most` members at a time, or one on each device, in chunks of about the same size."""
-        total, devices = len(self.group.members), self.devices
-        largest = max(most // devices * devices, devices)
-        return _up(-(-total // -(-total // largest)), devices)
+        return spread(len(self.group.members), min(fitting, size - self.devices), self.devices)
 
     def _need(self, count: int) -> int:
         """Bytes on each device that `count` members need, from their compiled programs."""
@@ -301,8 +334,26 @@ class _Work:
         if "test" in data:
             pixels = None if ask.truth is None else self._shapes(jax.vmap(lambda key: new_histogram({})), keys)
             args = state, data["test"], ask.truth, pixels, np.int32(0)
-            tally_program(programs, args, method=self.method, batch_size=self._batch_size())
+            tally_program(programs, args, method=self.method, batch_size=self._batch_size(), place=self.place_batch)
+            if ask.in_order:
+                several = adaptation.samples_at_once(self.method, cfg, len(one_of(data["test"])))
+                ordered_program(programs, (state, data["test"], np.int32(0)), method=self.method, count=several)
+        if "holdout" in data:
+            programs.bytes = max(programs.bytes, self._calibrating(programs, state, data["holdout"], ask))
         return programs.bytes
+
+    def _calibrating(self, programs: Programs, state: Any, held: Source, ask: Ask) -> int:
+        """Bytes on each device while members are calibrated, when the maps of all held-out samples are kept."""
+        size, place = self._batch_size(), self.place_batch
+        score = holdout_program(programs, (state, held, np.int32(0)), method=self.method, batch_size=size, place=place)
+        pieces = [score.out_info] * -(-len(one_of(held)) // size)
+        sort = calibrate_program(programs, (pieces, ask.places))
+        # Neither program knows what stays on the device beside its own arguments.
+        return max(bytes_of(score) + self._share(pieces), bytes_of(sort) + self._share(state))
+
+    def _share(self, tree: Any) -> int:
+        """Bytes on each device of what is stacked for members."""
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree)) // self.devices
 
     def _shapes(self, function: Callable, *args: Any) -> Any:
         """Shapes of stacked results, where the programs would put them."""
@@ -311,27 +362,6 @@ class _Work:
             return shapes
         there = NamedSharding(self.mesh, PartitionSpec("run"))
         return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=there), shapes)
-
-
-def free_bytes(mesh: Mesh | None) -> int | None:
-    """Memory that programs may use on each device; None if the device does not tell."""
-    device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
-    if device.platform == "cpu":
-        total = _available_memory()
-        return None if total is None else int(total * _HEADROOM / (1 if mesh is None else mesh.size))
-    facts = device.memory_stats() or {}
-    if "bytes_limit" not in facts:
-        return None
-    return int((facts["bytes_limit"] - facts.get("bytes_in_use", 0)) * _HEADROOM)
-
-
-def _available_memory() -> int | None:
-    try:
-        with open("/proc/meminfo", encoding="ascii") as file:
-            facts = dict(line.split(":", 1) for line in file)
-        return int(facts["MemAvailable"].split()[0]) * 1024
-    except (OSError, KeyError, ValueError):
-        return None
 
 
 def _gib(count: int) -> str:

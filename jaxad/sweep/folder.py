@@ -5,6 +5,7 @@ parts/*.json       rows of finished chunks, each file written in one move
 results.csv        a row for each member
 results.parquet    the same, where pyarrow is installed
 report.html        means, intervals, comparisons
+.lock              locked by the process that works here, and naming it
 """
 
 from __future__ import annotations
@@ -12,34 +13,46 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 import pathlib
+import platform
+import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jaxad.files import environment, plain, write_json, write_text
 from jaxad.sweep.grid import Request
 
+try:
+    import fcntl
+except ImportError:  # Windows, where two sweeps in one folder are not told apart
+    fcntl = None  # type: ignore[assignment]
+
 # Figures of the computation, not of the member: last in the table, and different when it is computed again.
 TIMINGS = ("chunk_members", "chunk_seconds", "chunk_compile_seconds")
 
 
 class Folder:
-    """A sweep's folder, opened for one request. `path` None keeps everything in memory."""
+    """A sweep's folder, opened for one request by one process. `path` None keeps everything in memory."""
 
     def __init__(self, path: pathlib.Path | None):
         self.path = path
         self._rows: dict[int, dict[str, Any]] = {}
 
     def open(self, request: Request, fingerprints: Mapping[str, str], groups: Sequence[Sequence[int]]) -> None:
-        """Makes the folder, or takes it up again.
+        """Makes the folder, or takes it up again; no other process can until this object or this process is gone.
 
         Raises:
-          ValueError: it holds the results of another request, or of other data.
+          ValueError: it holds the results of another request, or of other data, or another process works in it.
         """
         if self.path is None:
             return
         asked = {"request": request.to_json(), "fingerprints": dict(fingerprints)}
         known = self.path / "sweep.json"
+        if (self.path / "config.json").exists() and not known.exists():
+            raise ValueError(f"{self.path} holds a run, no sweep; expected a new folder. Pass another --out.")
+        (self.path / "parts").mkdir(parents=True, exist_ok=True)
+        weakref.finalize(self, os.close, _lock(self.path))
         if known.exists():
             before = json.loads(known.read_text(encoding="utf-8"))
             changed = _changes({name: before.get(name) for name in asked}, asked)
@@ -48,10 +61,7 @@ class Folder:
                     f"{self.path} holds another sweep: {', '.join(changed)} differ; expected the same command, to go "
                     "on with it. Repeat that command, or pass another --out."
                 )
-        elif (self.path / "config.json").exists():
-            raise ValueError(f"{self.path} holds a run, no sweep; expected a new folder. Pass another --out.")
-        (self.path / "parts").mkdir(parents=True, exist_ok=True)
-        if not known.exists():
+        else:
             write_json(known, {**asked, "groups": [list(group) for group in groups], "environment": environment()})
         for part in sorted((self.path / "parts").glob("*.json")):
             self._take(json.loads(part.read_text(encoding="utf-8")))
@@ -93,10 +103,37 @@ class Folder:
             from pyarrow import parquet
         except ImportError:
             return "pyarrow is not installed: results.csv is written, results.parquet is not."
-        draft = self.path / ".results.parquet"
+        draft = self.path / f".results.parquet.{os.getpid()}"
         parquet.write_table(pyarrow.Table.from_pylist(rows), draft)
         draft.replace(self.path / "results.parquet")
         return ""
+
+
+def _lock(folder: pathlib.Path) -> int:
+    """Locks a folder for this process. Returns the descriptor whose closing unlocks it.
+
+    The kernel unlocks what a killed process had locked, so that the sweep can go on.
+
+    Raises:
+      ValueError: another process has locked it.
+    """
+    file = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    if fcntl is None:
+        return file
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock: a forked child that outlives us would keep it
+    except BlockingIOError:
+        holder = os.pread(file, 1000, 0).decode(errors="replace") or "another process"
+        os.close(file)
+        raise ValueError(
+            f"{folder}: {holder} works on a sweep in it; expected one at a time. Wait until it ends, or pass another "
+            "--out."
+        ) from None
+    except OSError:  # a file system without locks
+        return file
+    os.ftruncate(file, 0)
+    os.pwrite(file, f"process {os.getpid()} on {platform.node()}".encode(), 0)
+    return file
 
 
 def _changes(before: Any, after: Any, name: str = "") -> list[str]:

@@ -10,6 +10,9 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax
+import numpy as np
+
 from jaxad import settings
 from jaxad.core import Method, is_static
 
@@ -33,7 +36,7 @@ def from_json(values: Mapping[str, Any]) -> Request:
     """A request from plain values."""
     values = dict(values)
     base = settings.from_json(values.pop("base"), origin="sweep")
-    grid = {name: tuple(map(_hashable, choices)) for name, choices in values.pop("grid").items()}
+    grid = {name: tuple(map(python_value, choices)) for name, choices in values.pop("grid").items()}
     return Request(base=base, grid=grid, **{name: tuple(value) for name, value in values.items()})
 
 
@@ -193,5 +196,10 @@ def _label(value: Any) -> Any:
     return ",".join(map(str, value)) if isinstance(value, tuple) else value
 
 
-def _hashable(value: Any) -> Any:
-    return tuple(map(_hashable, value)) if isinstance(value, list) else value
+def python_value(value: Any) -> Any:
+    """A value as Python has it, which JSON takes and which can be a key: arrays and lists become tuples."""
+    if isinstance(value, np.ndarray | np.generic | jax.Array):
+        value = np.asarray(value).tolist()
+    if isinstance(value, Mapping):
+        return {name: python_value(part) for name, part in value.items()}
+    return tuple(map(python_value, value)) if isinstance(value, list | tuple) else value

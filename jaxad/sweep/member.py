@@ -14,9 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxad import metrics, train
-from jaxad.core import Array, Method, Scores, Source, frames_of, take
+from jaxad import adaptation, metrics, train
+from jaxad.core import Array, Batch, Method, Scores, Source, frames_of, take
 from jaxad.members import Programs, axes_of, one_of
+from jaxad.ops.blocks import rows_over
 
 
 class Truth(NamedTuple):
@@ -24,6 +25,13 @@ class Truth(NamedTuple):
 
     weights: Array  # (F, H, W) float32 from `metrics.label_regions`
     trusted: Array  # (F,) bool: the picture's mask may be used
+
+
+class InOrder(NamedTuple):
+    """What an ordered pass over N samples gives: see `adaptation.Ordered`."""
+
+    image: Array  # (N,) image scores
+    parts: dict[str, Array]  # (N,) each
 
 
 class Outcome(NamedTuple):
@@ -35,6 +43,7 @@ class Outcome(NamedTuple):
     pixel: dict[str, Array]  # of `metrics.pixel_metrics`; empty without masks
     calibration: dict[str, Array]  # medians and thresholds; empty without holdout
     last: dict[str, dict[str, Array]]  # per phase the metrics of its last step
+    ordered: InOrder | None = None  # None unless asked for
 
 
 class Ask(NamedTuple):
@@ -42,6 +51,7 @@ class Ask(NamedTuple):
 
     truth: Truth | None  # of the pictures of data["test"]; None leaves pixels out
     places: Array | None  # (2,) int32, `score.quantile_place` of held-out images and of their pixels; None: no holdout
+    in_order: bool = False  # whether to score the test samples in order, too, by `method.ordered`
 
 
 def whole_run(
@@ -71,20 +81,27 @@ def whole_run(
     if ask.places is not None:
         held = data["holdout"]
         scores, valid = lax.map(
-            lambda first: score_at(state, held, first, method=method, batch_size=batch_size),
+            lambda first: score_at(state, held, first, method=method, batch_size=batch_size, place=place),
             _firsts(held, batch_size),
         )
         calibration = calibrate(_joined(scores), valid.ravel(), ask.places)
     test = data["test"]
     pixels = new_histogram(calibration) if ask.truth is not None else None
     pixels, scored = lax.scan(
-        lambda p, first: tally_at(state, test, ask.truth, p, first, method=method, batch_size=batch_size),
+        lambda p, first: tally_at(state, test, ask.truth, p, first, method=method, batch_size=batch_size, place=place),
         pixels,
         _firsts(test, batch_size),
     )
     image, map_max, map_mean = (part.ravel()[: len(test)] for part in scored)
     pixel = {} if pixels is None else metrics.pixel_metrics(pixels)
-    return Outcome(image, map_max, map_mean, pixel, calibration, last)
+    ordered = None
+    if ask.in_order:
+        count = adaptation.samples_at_once(method, cfg, len(test))
+        _, pieces = lax.scan(
+            lambda s, first: ordered_at(s, test, first, method=method, count=count), state, _firsts(test, count)
+        )
+        ordered = jax.tree.map(lambda part: part.ravel()[: len(test)], pieces)
+    return Outcome(image, map_max, map_mean, pixel, calibration, last, ordered)
 
 
 def run_pieces(
@@ -126,7 +143,9 @@ def run_pieces(
         if progress.position.step == 0 and progress.position.phase < len(phases):
             phase = phases[progress.position.phase]
             show(phase.name, 0, train.num_steps(phase, len(one_of(data[phase.source]))), {})
-    calibration = {} if ask.places is None else _calibrate(state, data["holdout"], ask, method, programs, batch_size)
+    calibration = {}
+    if ask.places is not None:
+        calibration = _calibrate(state, data["holdout"], ask, method, programs, batch_size, place)
     held = jax.device_get(calibration)  # before its median is given away as the centre of the histogram
     if "test" not in data:
         none = np.zeros((keys.shape[0], 0), np.float32)
@@ -138,7 +157,7 @@ def run_pieces(
     scored, firsts = [], _firsts(one_of(test), batch_size)
     for done, first in enumerate(firsts):
         args = state, test, ask.truth, pixels, first
-        pixels, parts = tally_program(programs, args, method=method, batch_size=batch_size)(*args)
+        pixels, parts = tally_program(programs, args, method=method, batch_size=batch_size, place=place)(*args)
         scored.append(jax.device_get(parts))
         show("score", done + 1, len(firsts), {})
     size = len(one_of(test))
@@ -146,45 +165,84 @@ def run_pieces(
     pixel = {}
     if pixels is not None:
         pixel = programs.compile(("pixel",), metrics.pixel_metrics, (0,), (), pixels)(pixels)
-    return Outcome(image, map_max, map_mean, jax.device_get(pixel), held, last)
+    ordered = _in_order(state, cfg, test, method, programs, show) if ask.in_order else None
+    return Outcome(image, map_max, map_mean, jax.device_get(pixel), held, last, ordered)
 
 
-def tally_program(programs: Programs, args: tuple, *, method: Method, batch_size: int) -> Callable:
+def tally_program(
+    programs: Programs, args: tuple, *, method: Method, batch_size: int, place: Callable = train.unplaced
+) -> Callable:
     """The program of `tally_at` for members; args may be shapes: state, source, truth, histogram, first sample."""
     return programs.compile(
         ("tally", batch_size),
-        lambda s, d, t, p, f: tally_at(s, d, t, p, f, method=method, batch_size=batch_size),
+        lambda s, d, t, p, f: tally_at(s, d, t, p, f, method=method, batch_size=batch_size, place=place),
         (0, axes_of(args[1]), None, 0, None),
         (3,),
         *args,
     )
 
 
-def _calibrate(state, held, ask, method, programs, batch_size) -> dict[str, Array]:
-    score, pieces = None, []
-    for first in _firsts(one_of(held), batch_size):
-        score = score or programs.compile(
-            ("holdout",),
-            lambda s, d, f: score_at(s, d, f, method=method, batch_size=batch_size),
-            (0, axes_of(held), None),
-            (),
-            state,
-            held,
-            first,
-        )
-        pieces.append(score(state, held, first))
+def holdout_program(
+    programs: Programs, args: tuple, *, method: Method, batch_size: int, place: Callable
+) -> jax.stages.Compiled:
+    """The program of `score_at` for members; args may be shapes: state, source, first sample."""
+    return programs.compile(
+        ("holdout", batch_size),
+        lambda s, d, f: score_at(s, d, f, method=method, batch_size=batch_size, place=place),
+        (0, axes_of(args[1]), None),
+        (),
+        *args,
+    )
+
+
+def ordered_program(programs: Programs, args: tuple, *, method: Method, count: int) -> Callable:
+    """The program of `ordered_at` for members; args may be shapes: state, which is given away, source, first sample."""
+    return programs.compile(
+        ("ordered", count),
+        lambda s, d, f: ordered_at(s, d, f, method=method, count=count),
+        (0, axes_of(args[1]), None),
+        (0,),
+        *args,
+    )
+
+
+def _in_order(state, cfg, test, method, programs, show) -> InOrder:
+    """An ordered pass of K members, (K, N) each, on the host."""
+    size, pieces = len(one_of(test)), []
+    count = adaptation.samples_at_once(method, cfg, size)
+    firsts = _firsts(one_of(test), count)
+    for done, first in enumerate(firsts):
+        args = state, test, first
+        state, found = ordered_program(programs, args, method=method, count=count)(*args)
+        pieces.append(jax.device_get(found))
+        show("score in order", done + 1, len(firsts), {})
+    return jax.tree.map(lambda *parts: np.concatenate(parts, axis=1)[:, :size], *pieces)
+
+
+def calibrate_program(programs: Programs, args: tuple) -> Callable:
+    """The program of `calibrate` for members; args may be shapes: what `score_at` gave, a list, and `Ask.places`."""
 
     def join(pieces, places):
         scores, valid = jax.tree.map(lambda *parts: jnp.concatenate(parts), *pieces)
         return calibrate(scores, valid, places)
 
-    return programs.compile(("calibrate",), join, (0, 0), (), pieces, ask.places)(pieces, ask.places)
+    return programs.compile(("calibrate",), join, (0, 0), (), *args)
 
 
-def score_at(state: Any, source: Source, first: Array, *, method: Method, batch_size: int) -> tuple[Scores, Array]:
+def _calibrate(state, held, ask, method, programs, batch_size, place) -> dict[str, Array]:
+    pieces = []
+    for first in _firsts(one_of(held), batch_size):
+        args = state, held, first
+        pieces.append(holdout_program(programs, args, method=method, batch_size=batch_size, place=place)(*args))
+    return calibrate_program(programs, (pieces, ask.places))(pieces, ask.places)
+
+
+def score_at(
+    state: Any, source: Source, first: Array, *, method: Method, batch_size: int, place: Callable = train.unplaced
+) -> tuple[Scores, Array]:
     """Scores the samples from `first` on: (Scores of B samples, which of them exist, (B,) bool)."""
-    rows, valid = _rows_at(source, first, batch_size)
-    return method.score(state, take(source, rows)[0]), valid
+    batch = _batch_at(source, first, batch_size)
+    return _scores(method, state, batch, place), batch.valid
 
 
 def tally_at(
@@ -196,6 +254,7 @@ def tally_at(
     *,
     method: Method,
     batch_size: int,
+    place: Callable = train.unplaced,
 ) -> tuple[metrics.Histogram | None, tuple[Array, Array, Array]]:
     """Scores and measures the samples from `first` on.
 
@@ -203,13 +262,20 @@ def tally_at(
       (the histogram with their pixels, (image scores, maxima and means of the maps), (B,) each). Rows beyond the
       source repeat its last one; their pixels are not counted.
     """
-    rows, valid = _rows_at(source, first, batch_size)
-    scores = method.score(state, take(source, rows)[0])
+    batch = _batch_at(source, first, batch_size)
+    scores = _scores(method, state, batch, place)
     if truth is not None and pixels is not None:
-        frames = frames_of(source, rows)
+        frames = frames_of(source, batch.index)
         weights = truth.weights[frames]
-        pixels = metrics.add(pixels, scores.map, weights > 0, weights, valid & truth.trusted[frames])
+        pixels = metrics.add(pixels, scores.map, weights > 0, weights, batch.valid & truth.trusted[frames])
     return pixels, (scores.image, scores.map.max(axis=(1, 2)), scores.map.mean(axis=(1, 2)))
+
+
+def ordered_at(state: Any, source: Source, first: Array, *, method: Method, count: int) -> tuple[Any, InOrder]:
+    """Scores the `count` samples from `first` on in order: (the state that adapted to them, their scores)."""
+    # Not split over devices: each sample waits for what the one before did to the state.
+    state, *found = adaptation.score_next(method, state, source, first + jnp.arange(count, dtype=jnp.int32))
+    return state, InOrder(*found)
 
 
 def new_histogram(calibration: Mapping[str, Array]) -> metrics.Histogram:
@@ -243,10 +309,18 @@ def _order(values: Array, valid: Array, place: Array) -> tuple[Array, Array]:
     return jnp.where(jnp.isnan(ordered[count - 1]), jnp.nan, median), ordered[place]
 
 
-def _rows_at(source: Source, first: Array, batch_size: int) -> tuple[Array, Array]:
+def _batch_at(source: Source, first: Array, batch_size: int) -> Batch:
+    """The samples from `first` on; rows beyond the source repeat its last one, `index` too."""
     size = len(source) if source.size is None else source.size
     rows = first + jnp.arange(batch_size, dtype=jnp.int32)
-    return jnp.minimum(rows, size - 1), rows < size
+    index = jnp.minimum(rows, size - 1)
+    return Batch(*take(source, index), index=index, valid=rows < size)
+
+
+def _scores(method: Method, state: Any, batch: Batch, place: Callable) -> Scores:
+    """Scores of a batch, which `place` splits over devices as it does in training."""
+    with rows_over(getattr(place, "devices", 1)):
+        return method.score(state, place(batch).image)
 
 
 def _firsts(source: Source, batch_size: int) -> np.ndarray:

@@ -16,10 +16,10 @@ def draw_cells(
     summaries: Mapping[Cell, Summary],
     labels: Mapping[Cell, str],
     points: Mapping[Cell, Sequence[float]],
-    base: Cell | None,
+    bases: Mapping[Cell, Cell],
     metric: str,
 ) -> str:
-    """A line for each cell: its seeds as dots, its mean and interval; the base's mean as a dashed line."""
+    """A line for each cell: its seeds as dots, its mean and interval; dashed: the mean of its base, if it has one."""
     cells = [cell for cell, summary in summaries.items() if summary.number][:_MOST_LINES]
     if not cells:
         return ""
@@ -37,8 +37,9 @@ def draw_cells(
                 solid_capstyle="round",
             )
         axes.plot([summary.mean], [line], marker="o", markersize=6, color=plots._NORMAL, linestyle="none")
-    if base is not None and base in summaries and summaries[base].number:
-        axes.axvline(summaries[base].mean, color=plots._INK, linewidth=1.0, linestyle=(0, (3, 2)))
+        if cell in bases and summaries[bases[cell]].number:
+            place = [summaries[bases[cell]].mean] * 2
+            axes.plot(place, [line - 0.5, line + 0.5], color=plots._INK, linewidth=1.0, linestyle=(0, (3, 2)))
     axes.set_yticks(range(len(cells)), [plots._plain(labels[cell]) for cell in reversed(cells)])
     axes.grid(axis="y", visible=False)
     return plots._svg(figure, f"{metric} of each cell")

@@ -1,4 +1,4 @@
-"""`report.html` of a sweep: one self-contained file that says which cell is best and how sure that is."""
+"""`report.html` of a sweep: one self-contained file that says which cells are best and how sure that is."""
 
 from __future__ import annotations
 
@@ -35,6 +35,11 @@ _NAMES = {
     "pixel_f1max": "pixel F1-max",
     "aupro": "AUPRO 0.3",
     "aupro_005": "AUPRO 0.05",
+    "image_auroc_of_map_max": "image AUROC of map maxima",
+    "image_auroc_of_map_mean": "image AUROC of map means",
+    "image_auroc_video_protocol": "image AUROC, videos stretched",
+    "ordered_auroc": "AUROC in order",
+    "ordered_auroc_video_protocol": "AUROC in order, videos stretched",
 }
 _METHODS = (
     "Seeds are the repetitions: each is another split of the data, another initialisation, another order of the "
@@ -73,7 +78,7 @@ def write_sweep_report(
     sections = [
         _head(request, table, cells),
         section("", _lead(cells, summaries, differences, axes, name)),
-        _cells_section(cells, summaries, differences, axes, base, name),
+        _cells_section(cells, summaries, differences, axes, name),
         _effects_section(cells, axes, name),
         _metrics_section(table, axes),
         _notes_section(table, metric, differences, notes),
@@ -107,27 +112,50 @@ def _head(request: Request, table: Sequence[Mapping[str, Any]], cells: Mapping[C
 
 
 def _lead(cells, summaries, differences: list[Difference], axes, name: str) -> str:
+    """The best cell of each data set."""
+    digits = _decimals(summaries.values())
+    found = [_lead_of(own, differences, axes, name, digits) for own in stats.data_sets(cells, axes)]
+    if len(found) == 1:
+        return f'<p class="lead">{escape(found[0])}</p>'
+    return f'<ul class="lead">{"".join(f"<li>{escape(text)}</li>" for text in found)}</ul>'
+
+
+def _lead_of(cells, differences: list[Difference], axes, name: str, digits: int) -> str:
+    """The best of the cells of one data set."""
+    chosen = dict(zip(axes, next(iter(cells)), strict=True))
+    what = f"{name} on {chosen['data']}" if "data" in chosen else name
     best = stats.best_cell(cells)
     if best is None:
-        return f'<p class="lead">No cell has a defined {escape(name)}.</p>'
-    text = f"Best mean {name}: {_with_interval(summaries[best], _decimals(summaries.values()))}"
-    text += f" with {_cell_text(best, axes)}." if axes else "."
+        return f"No cell has a defined {what}."
+    values = list(cells[best].values())
+    summary, axes_text = stats.summarise(values), _cell_text(best, axes, leave_out="data")
+    text = f"{'Best mean' if len(cells) > 1 else 'Mean'} {what}: {_with_interval(summary, digits)}"
+    text += f" with {axes_text}." if axes_text else "."
+    if summary.number < len(values):
+        lost = len(values) - summary.number
+        text += f" It lacks the results of {lost} of {len(values)} seeds; no cell lacks fewer."
+    return " ".join(filter(None, [text, _verdict(best, differences)]))
+
+
+def _verdict(best: Cell, differences: list[Difference]) -> str:
+    """How sure it is that a cell differs from its base."""
     found = next((d for d in differences if d.cell == best), None)
-    if found is not None:
-        change = f"{_signed(found.summary.mean, _decimals([found.summary]))} against the base cell"
-        if not math.isfinite(found.p_holm):
-            text += f" That is {change}; too few seeds to test."
-        else:
-            sure = "more" if found.p_holm < 0.05 else "no more"
-            text += f" That is {change}, {sure} than chance explains (Holm-corrected p {_p(found.p_holm)})."
-    elif differences:
-        text += " That is the base cell."
-    return f'<p class="lead">{escape(text)}</p>'
+    if found is None:
+        return "That is the base cell." if any(d.base == best for d in differences) else ""
+    if not found.summary.number:
+        return "The base cell has no result with the same seeds."
+    change = f"That is {_signed(found.summary.mean, _decimals([found.summary]))} against the base cell"
+    if found.summary.number < 2:
+        return f"{change}; too few seeds to test."
+    if not math.isfinite(found.p_holm):
+        return f"{change}, the same with every seed: no spread to test."
+    sure = "more" if found.p_holm < 0.05 else "no more"
+    return f"{change}, {sure} than chance explains (Holm-corrected p {_p(found.p_holm)})."
 
 
-def _cells_section(cells, summaries, differences, axes, base, name: str) -> str:
+def _cells_section(cells, summaries, differences, axes, name: str) -> str:
     by_cell = {difference.cell: difference for difference in differences}
-    best = stats.best_cell(cells)
+    best = {stats.best_cell(own) for own in stats.data_sets(cells, axes) if len(own) > 1}
     rows, classes = [], []
     digits = _decimals(summaries.values())
     fine = _decimals(difference.summary for difference in differences)
@@ -140,17 +168,18 @@ def _cells_section(cells, summaries, differences, axes, base, name: str) -> str:
         elif differences:
             row += ["base", "", "", ""]
         rows.append(row)
-        classes.append("best" if cell == best and len(cells) > 1 else "")
+        classes.append("best" if cell in best else "")
     head = [*axes, "seeds", name, "95% interval"]
     head += ["difference", "95% interval", "p", "p (Holm)"] if differences else []
     labels = {cell: _cell_text(cell, axes) or "all" for cell in cells}
     points = {cell: list(values.values()) for cell, values in cells.items()}
-    own_base = tuple(base[axis] for axis in axes) if axes else None
-    plot = draw_cells(summaries, labels, points, own_base, name) if len(cells) > 1 else ""
+    bases = {cell: d.base for d in differences for cell in (d.cell, d.base)}
+    plot = draw_cells(summaries, labels, points, bases, name) if len(cells) > 1 else ""
     hint = '<p class="hint">Dots are seeds. Dashed: the mean of the base cell.</p>' if plot and differences else ""
     told = (
         '<p class="hint">Mean over seeds. Differences from the base cell are seed by seed; p of the paired t-test, '
-        "and after Holm's correction for all of them. The best mean is in bold.</p>"
+        "and after Holm's correction for all of them. In bold: the best mean of a data set, of the cells with the most "
+        "seeds.</p>"
     )
     body = _table(head, rows, text_columns=_text_axes(cells, axes), classes=classes)
     return section(
@@ -272,8 +301,9 @@ def _text_axes(cells, axes) -> list[int]:
     return [place for place in range(len(axes)) if any(isinstance(cell[place], str) for cell in cells)]
 
 
-def _cell_text(cell: Cell, axes: Sequence[str]) -> str:
-    return ", ".join(f"{axis} {label_of(value)}" for axis, value in zip(axes, cell, strict=True))
+def _cell_text(cell: Cell, axes: Sequence[str], *, leave_out: str = "") -> str:
+    pairs = zip(axes, cell, strict=True)
+    return ", ".join(f"{axis} {label_of(value)}" for axis, value in pairs if axis != leave_out)
 
 
 def _decimals(summaries: Iterable[Summary]) -> int:

@@ -125,8 +125,20 @@ def main_effects(
     return effects
 
 
+def data_sets(cells: Mapping[Cell, Mapping[int, float]], axes: Sequence[str]) -> list[dict[Cell, Mapping[int, float]]]:
+    """The cells of each data set: only these are alternatives to choose from."""
+    found: dict[Any, dict[Cell, Mapping[int, float]]] = {}
+    for cell, by_seed in cells.items():
+        found.setdefault(dict(zip(axes, cell, strict=True)).get("data"), {})[cell] = by_seed
+    return list(found.values())
+
+
 def best_cell(cells: Mapping[Cell, Mapping[int, float]]) -> Cell | None:
-    """The cell with the highest mean; None if no cell has one."""
-    means = {cell: summarise(list(values.values())).mean for cell, values in cells.items()}
-    finite = {cell: mean for cell, mean in means.items() if math.isfinite(mean)}
-    return max(finite, key=lambda cell: finite[cell]) if finite else None
+    """The cell with the highest mean of those with the most seeds; None if no cell has a mean.
+
+    A cell that lost seeds would be judged by those that did not diverge.
+    """
+    summaries = {cell: summarise(list(values.values())) for cell, values in cells.items()}
+    most = max((summary.number for summary in summaries.values()), default=0)
+    means = {cell: summary.mean for cell, summary in summaries.items() if summary.number == most}
+    return max(means, key=lambda cell: means[cell]) if most else None

@@ -107,6 +107,31 @@ def test_reset_starts_again():
 
 def test_settings_that_the_public_code_lacks_are_refused():
     spec, state, _ = start("halving")
-    other = gradcon.GradConConfig(**{**vars(state.cfg), "map": "both"})
-    with pytest.raises(ValueError, match="peer of gradcon got .*'map': 'both'.*expected .*'error'"):
+    other = gradcon.GradConConfig(**{**vars(state.cfg), "use_bias": True})
+    with pytest.raises(peers.Refusal, match="peer of gradcon got use_bias=True; expected False"):
         peers.make("gradcon", state._replace(cfg=other), spec)
+
+
+def with_fields(state, **fields):
+    return state._replace(cfg=train.as_arrays(gradcon.GradConConfig(**{**vars(state.cfg), **fields})))
+
+
+def test_a_map_that_the_public_code_lacks_is_not_compared():
+    spec, state, images = start("halving")
+    image, maps = peers.make("gradcon", with_fields(state, map="both"), spec).score(peers.place(images))
+    expected, _ = peers.make("gradcon", state, spec).score(peers.place(images))
+    np.testing.assert_array_equal(image, expected)
+    assert maps is None
+
+
+def test_bfloat16_is_close_and_not_the_same():
+    spec, state, images = start("halving")
+    half = with_fields(state, dtype="bfloat16")
+    ours = jax.jit(gradcon.score)(half, batch_of(images).image)
+    peer, exact = peers.make("gradcon", half, spec), peers.make("gradcon", state, spec)
+    image, maps = peer.score(peers.place(images))
+    np.testing.assert_allclose(image, ours.image, rtol=3e-2)  # eight bits of mantissa, some layers of them
+    np.testing.assert_allclose(maps, ours.map, rtol=0, atol=3e-2 * float(ours.map.max()))
+    assert np.abs(np.asarray(image) - np.asarray(exact.score(peers.place(images))[0])).max() > 0
+    losses = [float(p.steps["train"](torch_batch(images))["loss"]) for p in (peer, exact)]
+    assert losses[0] == pytest.approx(losses[1], rel=3e-2)

@@ -1,20 +1,25 @@
 """The harness: it refuses what must not be believed, and what it reports is what it was given."""
 
+import functools
 import json
 import os
 import subprocess
 import sys
 import time
+import types
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
+from jaxad import methods
 from jaxad.bench import __main__ as entrance
-from jaxad.bench import machine, race, report
-from jaxad.bench.case import BenchmarkError, Case, Contender, worst_difference
-from jaxad.bench.methods import cases, draw_source, set_up
+from jaxad.bench import machine, race, report, rivals
+from jaxad.bench.case import BenchmarkError, Case, Contender, worst_change, worst_difference
+from jaxad.bench.methods import case_names, cases, draw_source, set_up
 from jaxad.bench.program import compile_program
 from jaxad.console import Console
 from jaxad.core import Batch, Method, Phase, Preset, Scores, config, static
@@ -291,6 +296,93 @@ def test_a_method_that_trains_wrongly_is_refused():
         race.check(case, np.random.default_rng(0))
 
 
+@config
+class Slow:
+    steps: int = static(60)
+    dtype: str = static("float32")
+
+
+class SlowState(NamedTuple):
+    """Of a method whose steps are too short to be seen in two losses, beside statistics that change by more."""
+
+    cfg: Slow
+    params: dict
+    statistics: dict
+    optimizer: Any
+
+
+def slow_method(wrong, direction):
+    """`direction` is what becomes of an update: 1 right, 0 none, -1 wrong. Of compiled steps where `wrong` says so."""
+
+    def begin(key, cfg, spec):
+        del spec
+        params = {"w": jax.random.normal(key, (8, 4)) / 8, "b": jnp.zeros(4)}
+        statistics = {"mean": jnp.zeros(()), "least": jnp.inf}
+        return SlowState(cfg, params, statistics, optax.scale_by_adam().init(params))
+
+    def step(key, state, batch):
+        del key
+        sign = direction if wrong(batch.image) else 1
+        dtype = jnp.dtype(state.cfg.dtype)
+
+        def loss_of(params):
+            rows = batch.image.mean(axis=(2, 3)).astype(dtype)
+            answers = jnp.tanh(rows @ params["w"].astype(dtype)) + params["b"].astype(dtype)
+            return ((answers - 1) ** 2).mean().astype(jnp.float32)
+
+        loss, gradients = jax.value_and_grad(loss_of)(state.params)
+        updates, optimizer = optax.scale_by_adam().update(gradients, state.optimizer)
+        params = jax.tree.map(lambda p, u: p - sign * 5e-5 * u, state.params, updates)
+        statistics = {"mean": state.statistics["mean"] + 10 * batch.image.mean(), "least": batch.image.min()}
+        return SlowState(state.cfg, params, statistics, optimizer), {"loss": loss}
+
+    tiny = {"tiny": Preset("short steps", data={"image_size": 8, "channels": 1})}
+    return Method("slow", Slow, begin, lambda cfg: (Phase("train", step, steps=cfg.steps),), _score, tiny)
+
+
+def is_compiled(array):
+    return isinstance(array, jax.core.Tracer)
+
+
+# What device and dtype allow, on a CPU and elsewhere.
+EACH_TOLERANCE = [("cpu", "float32"), ("gpu", "float32"), ("cpu", "bfloat16"), ("gpu", "bfloat16")]
+
+
+def check_steps(monkeypatch, device, dtype, method):
+    """Checks a method's steps as on a device: with its tolerances, and in a scan where it is no CPU."""
+    with monkeypatch.context() as patch:
+        patch.setattr(jax, "default_backend", lambda: device)
+        case = next(cases(set_up(method, batch=4, dtype=dtype), work=("train",)))
+    assert case.facts["steps"] == (1 if device == "cpu" else 50)
+    return race.check(case, np.random.default_rng(0))
+
+
+@pytest.mark.parametrize(("device", "dtype"), EACH_TOLERANCE)
+def test_wrong_updates_are_refused_at_every_tolerance(monkeypatch, device, dtype):
+    """Short steps: the losses of right, missing and opposite updates are all within the tolerance."""
+    right = check_steps(monkeypatch, device, dtype, slow_method(is_compiled, 1))
+    assert right["changes"]["jaxad"] < 1e-3
+    for direction, disagreement in ((0, 1), (-1, 2)):
+        with pytest.raises(BenchmarkError, match=rf"'jaxad' changes '\.params' .* by {disagreement} where"):
+            check_steps(monkeypatch, device, dtype, slow_method(is_compiled, direction))
+
+
+def test_disagreement_of_changes_by_hand():
+    change, across = np.array([3.0, 0.0, 4.0]), np.array([0.0, 5.0, 0.0])
+    assert worst_change({"a": change, "b": change}, {"a": change, "b": 2 * change}) == (0.5, "b")
+    assert worst_change({"a": 2 * change}, {"a": change}) == (0.5, "a")
+    assert worst_change({"a": change + across}, {"a": change}) == (0.5, "a")
+    assert worst_change({"a": -change}, {"a": change, "of others": change}) == (2, "a")
+    assert worst_change({"a": 0 * change}, {"a": change}) == worst_change({"a": change}, {"a": 0 * change}) == (1, "a")
+    assert worst_change({"a": 0 * change}, {"a": 0 * change}) == (0, "a")
+    assert worst_change({"a": change * np.nan}, {"a": change}) == (float("inf"), "a")
+
+
+def test_the_users_tolerance_holds_for_changes_where_it_is_larger():
+    assert set_up(TWO, tolerance=0.95).changes_tolerance == 0.95
+    assert set_up(TWO, tolerance=1e-12).changes_tolerance == set_up(TWO).changes_tolerance < 1
+
+
 def test_clips_and_labels_are_drawn():
     video = TWO._replace(
         presets={"tiny": Preset("clips", data={"image_size": 8, "channels": 1, "clip": 3, "target": 1})}
@@ -348,19 +440,109 @@ def test_the_tolerance_is_the_users():
 
 
 def test_a_failing_case_leaves_the_others(tmp_path):
-    """An error in the middle of a long list: what was measured before is in the file."""
+    """An error in the middle of a long list: what comes before and after it is in the file, and so is the error."""
     waiting = Contender("waiting", run=lambda x: time.sleep(0.002) or {"y": x})
     wrong = contender("wrong", run=lambda x: {"y": x + 1})
-    todo = [case_of(waiting), case_of(wrong, reference=numpy_heavy)]
-    with pytest.raises(BenchmarkError, match="differ from the reference"):
-        report.run_all(todo, console=Console(True), rounds=1, settings={}, out=tmp_path / "a" / "b.json")
-    (case,) = json.loads((tmp_path / "a" / "b.json").read_text())["cases"]
-    assert case["contenders"][0]["name"] == "waiting"
+
+    def broken():
+        yield case_of(waiting)
+        raise RuntimeError("no memory left\nfor this")
+
+    todo = [case_of(wrong, reference=numpy_heavy), *report.tried("big", broken()), case_of(waiting)]
+    report.run_all(todo, console=Console(True), rounds=1, settings={}, out=tmp_path / "a" / "b.json")
+    record = json.loads((tmp_path / "a" / "b.json").read_text())
+    assert [case["contenders"][0]["name"] for case in record["cases"]] == ["waiting"] * 2
+    assert record["failed"]["products"].startswith("outputs of 'wrong' differ from the reference")
+    assert record["failed"]["big"] == "RuntimeError: no memory left"
+    with pytest.raises(BenchmarkError, match=r"(?s)2 of 4 cases failed.*products: outputs.*big: RuntimeError"):
+        report.refuse_failures(record)
+    report.refuse_failures({**record, "failed": {}})
+
+
+class Peers:
+    """Stands for the package of peers."""
+
+    class Refusal(ValueError):
+        pass
+
+    def __init__(self, error, phases=("train", "bank")):
+        self.error, self.phases = error, phases
+
+    def check(self, method):
+        pass
+
+    def forms(self, method):
+        return {"slowly": {}}
+
+    def make(self, method, state, spec, *, compiled, form):
+        if self.error and (compiled or isinstance(self.error, self.Refusal)):
+            raise self.error
+        step = dict.fromkeys(self.phases, lambda batch: {})
+        return types.SimpleNamespace(score=lambda images: (images, None), steps=step, reset=lambda: None)
+
+    def place(self, images):
+        return images
+
+    def place_batch(self, *parts):
+        return parts
+
+    def wait(self, result):
+        return result
+
+
+def left_out(monkeypatch, peers, work):
+    """Of each case: names of those who race, and those left out with the reason."""
+    pytest.importorskip("torch")
+    monkeypatch.setattr(rivals, "find_peers", lambda: peers)
+    made = cases(set_up(TWO, batch=4), work=(work,), rivals=rivals.rivals(["two"]))
+    return [([c.name for c in case.contenders], case.facts["left_out"]) for case in made]
+
+
+def test_a_refused_peer_leaves_jaxad_alone_and_says_why(monkeypatch):
+    refusal = Peers.Refusal("the torch peer of two got rate=1; expected 0.")
+    ((names, reasons),) = left_out(monkeypatch, Peers(refusal), "score")
+    assert names == ["jaxad"] and reasons == dict.fromkeys(("torch", "torch.compile"), str(refusal))
+    ((names, reasons),) = left_out(monkeypatch, Peers(RuntimeError("no compiler\nat all")), "score")
+    assert names == ["jaxad", "torch"] and reasons == {"torch.compile": "RuntimeError: no compiler"}
+    made = left_out(monkeypatch, Peers(None, phases=("bank",)), "train")
+    assert [names for names, _ in made] == [["jaxad"], ["jaxad", "torch", "torch.compile", "torch, slowly"]]
+    reasons = made[0][1]
+    assert set(reasons) == {"torch", "torch.compile", "torch, slowly"} and "has no phase 'train'" in reasons["torch"]
+    assert report.left_out_rows({"left_out": reasons})[0] == {"left out": "torch", "because": reasons["torch"]}
+
+
+def test_a_peer_that_is_broken_is_no_refusal(monkeypatch):
+    broken = Peers(None)
+    monkeypatch.setattr(broken, "wait", lambda result: result.nothing)
+    with pytest.raises(AttributeError):
+        left_out(monkeypatch, broken, "score")
+
+
+def make_neural_batch(**options):
+    return functools.partial(set_up, methods.get("neural_batch"), preset="tiny", **options)
+
+
+def test_default_batches_are_those_that_the_method_allows():
+    said = []
+    found = entrance.at_batches(make_neural_batch(), None, say=said.append)
+    assert [setting.batch for setting in found] == [8, 32, 128]
+    assert len(said) == 1 and "no batch of 1: neural_batch: episodes=8, batch_size=1" in said[0]
+    assert "--set" not in said[0]  # which bench does not have
+    with pytest.raises(
+        ValueError, match=r"--batch 1: neural_batch refuses it .*divide the batch.*Pass --batch 8,32,128"
+    ):
+        entrance.at_batches(make_neural_batch(), [8, 1], say=said.append)
+    with pytest.raises(ValueError, match="^neural_batch: pictures of 21x21.*Pass --image-size"):
+        entrance.at_batches(make_neural_batch(image_size=21), [8], say=said.append)
+
+
+def test_names_of_cases_are_known_before_they_are_built():
+    setting = set_up(TWO, batch=4)
+    for work in (["train"], ["score"], ["train", "score"]):
+        assert case_names(setting, work) == [case.name for case in cases(setting, work=work)]
 
 
 def test_a_missing_peer_is_told_before_anything_is_measured(monkeypatch, capsys):
-    from jaxad import methods
-
     pytest.importorskip("torch")
     monkeypatch.setattr(methods, "METHODS", {"peerless": "nowhere"})
     assert entrance.main(["all", "--peer", "--batch", "2"]) == 2
@@ -379,9 +561,53 @@ def test_compare_finds_a_planted_regression(tiny):
     assert [change["verdict"] for change in report.compare(old, new)] == ["slower", "faster"]
     old["cases"][0]["ceilings"]["product"] *= 1.3  # so was the machine
     assert report.compare(old, new)[0]["verdict"] == "same"
-    new["environment"]["device"] = "another"
-    with pytest.raises(ValueError, match="has device 'cpu'; expected 'another'"):
-        report.compare(old, new)
+
+
+def changed(record, **environment):
+    return {**record, "environment": {**record["environment"], **environment}}
+
+
+def test_a_record_that_cannot_be_compared_is_refused_before_anything_is_measured(tiny, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(report, "run_all", lambda *a, **k: pytest.fail("it was measured"))
+    old = json.loads(tiny.read_text())
+    bare = json.loads(tiny.read_text())
+    del bare["cases"][0]["ceilings"]
+    for record, batch, message in (
+        ({**old, "schema": 0}, "2", "has schema 0; expected 1"),
+        (changed(old, device="another"), "2", "has device 'another'; expected 'cpu'"),
+        (old, "4", "has none of ['memae tiny 32x32x3 score b4"),
+        (bare, "2", "lacks 'ceilings'; expected seconds, spread and ceilings"),
+    ):
+        path = tmp_path / "old.json"
+        path.write_text(json.dumps(record))
+        assert entrance.main(["memae", "--preset", "tiny", "--batch", batch, "--compare", str(path)]) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_what_was_read_from_the_cache_is_no_compile_time(tiny):
+    (ours,) = json.loads(tiny.read_text())["cases"][0]["contenders"]
+    seconds = sum(ours["compile_seconds"].values())
+    assert report.compile_cell({**ours, "compile_cached": False}) == seconds
+    assert report.compile_cell({**ours, "compile_cached": True}) == f"{seconds:.3g} (cached)"
+    assert report.compile_cell({**ours, "compile_seconds": None}) is None
+
+
+def test_an_unusable_file_is_told_before_anything_is_measured(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(report, "run_all", lambda *a, **k: pytest.fail("it was measured"))
+    (tmp_path / "file").touch()
+    for path in (tmp_path, tmp_path / "file" / "a.json"):
+        assert entrance.main(["memae", "--preset", "tiny", "--batch", "2", "--json", str(path)]) == 2
+        assert f"--json {str(path)!r} cannot be written" in capsys.readouterr().err
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]  # no draft was left behind
+
+
+def test_an_error_of_the_disk_is_one_line(monkeypatch, capsys):
+    def full(*arguments, **options):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(report, "run_all", full)
+    assert entrance.main(["memae", "--preset", "tiny", "--batch", "2"]) == 2
+    assert capsys.readouterr().err == "jaxad.bench: [Errno 28] No space left on device\n"
 
 
 def test_the_exit_status_tells_of_a_regression(tiny, tmp_path, monkeypatch, capsys):
@@ -401,6 +627,7 @@ def test_the_exit_status_tells_of_a_regression(tiny, tmp_path, monkeypatch, caps
     [
         (["nothing"], "method 'nothing' is unknown"),
         (["memae", "--batch", "0"], "--batch '0'; expected whole numbers"),
+        (["all", "--batch", "8,1"], "--batch 1: neural_batch refuses it (neural_batch: episodes=8, batch_size=1"),
         (["memae", "--dtype", "float16"], "--dtype 'float16'; expected float32 or bfloat16"),
         (["memae", "--preset", "none"], "memae has no preset 'none'"),
         (["memae", "--compare", "/nowhere.json"], "--compare '/nowhere.json' cannot be read"),
@@ -416,8 +643,6 @@ def test_errors_are_one_line(arguments, message, capsys):
 
 def test_a_missing_checkout_or_torch_is_said(monkeypatch, tmp_path):
     import importlib.util
-
-    from jaxad.bench import rivals
 
     monkeypatch.setattr(rivals, "__file__", str(tmp_path / "a" / "b" / "c.py"))
     with pytest.raises(ValueError, match="has no benchmarks/peers; expected a checkout"):

@@ -58,3 +58,13 @@ def test_settings_that_the_public_code_lacks_are_refused(trained):
     other = dataclasses.replace(state.cfg, neighbours=3)
     with pytest.raises(ValueError, match="peer of patch_svdd got neighbours=3"):
         peers.make("patch_svdd", state._replace(cfg=other), spec)
+
+
+def test_bfloat16_is_close_and_not_the_same(trained):
+    state, spec, images = trained
+    half = state._replace(cfg=dataclasses.replace(state.cfg, dtype="bfloat16"))
+    ours = jax.jit(patch_svdd.score)(half, images.astype(np.float32) / 255)
+    found, exact = (peers.make("patch_svdd", s, spec).score(peers.place(images))[1] for s in (half, state))
+    # Eight bits of mantissa, some layers of them, and products of two distances, small beside what they are between.
+    np.testing.assert_allclose(found, ours.map, rtol=0, atol=0.1 * float(ours.map.max()))
+    assert np.abs(np.asarray(found) - np.asarray(exact)).max() > 0

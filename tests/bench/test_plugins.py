@@ -44,7 +44,8 @@ def record_with(batch, ratio):
             "name": name,
             "seconds": {"p50": seconds, "p95": 2 * seconds, "p99": 3 * seconds},
             "samples_per_second": batch / seconds,
-            "compile_seconds": None,
+            "compile_seconds": {"compile": 1.5},
+            "compile_cached": name == "jaxad",
             "share_of": {"product": 0.5, "convolution": 0.4, "copy": None},
             "memory": {"program": None, "seen": None},
         }
@@ -56,9 +57,10 @@ def record_with(batch, ratio):
         "batch": batch,
         "contenders": [contender("jaxad", 0.1), contender("torch", 0.1 * ratio)],
         "time_over": {"name": "jaxad", "ratios": {"torch": pairs}},
+        "left_out": {"torch.compile": "no compiler", "torch, slowly": "no compiler"},
     }
     facts = {"device": "cpu", "backend": "cpu", "threads": 2, "versions": {"jax": "1"}, "commit": "abc"}
-    return {"schema": 1, "environment": facts, "cases": [case]}
+    return {"schema": 1, "environment": facts, "cases": [case], "failed": {f"m train b{batch}": "too large"}}
 
 
 def test_results_page(monkeypatch, tmp_path):
@@ -75,7 +77,10 @@ def test_results_page(monkeypatch, tmp_path):
     (folder / "paged.md").write_text("A page of its own.")
     results.main()
     text = (tmp_path / "RESULTS.md").read_text()
-    assert "| m cpu 8x8x1 score b32 float32 | torch | 3 | 10% (20%) | 50% | 40% | - |" in text
+    assert "| m cpu 8x8x1 score b32 float32 | torch | 3 | 10% (20%) | 50% | 40% | - | 1.5 |" in text
+    assert "| jaxad | 1 | - | 50% | 40% | - | 1.5 (cached) |" in text
+    assert "\n\n* Left out of m cpu 8x8x1 score b32 float32: torch.compile, torch, slowly. no compiler\n" in text
+    assert "\n* Failed: m train b32: too large\n" in text
     assert "results/cpu/peers.png" in text and "samples/s" not in text.split("## cpu")[1]
     assert "commit def" in text and "| warm (median of 3) | 2 |" in text and "part ways:" in text
     assert "| vmap | 2,000 |" in text and "[results/cpu/paged.md](results/cpu/paged.md)" in text and "17" not in text

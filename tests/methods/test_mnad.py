@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from batches import batch_of
 
-from jaxad import adaptation, methods, metrics, runs, score, shard, train
+from jaxad import adaptation, methods, metrics, runs, score, shard, sweep, train
 from jaxad.core import Scores, Source, Spec, as_arrays, take
 from jaxad.data import load, video
 from jaxad.methods import mnad
@@ -413,6 +413,19 @@ def test_videos_are_measured_in_order_from_the_command_line(video_run, tmp_path,
     for name in ("ordered_auroc", "ordered_auroc_video_protocol"):
         assert found["by one"][name] == trained[name]  # of the preset, which is sequential
     assert found["none"]["ordered_auroc"] == found["none"]["image_auroc"]
+
+
+def test_a_sweep_shows_what_adapting_changes(video_run):
+    """Its rows are those of the lone run, whose preset is sequential, and of the same detector without adapting."""
+    chosen = runs.read_config(video_run)[0]
+    config = {name: value for name, value in chosen.config.items() if name != "test_update"}
+    request = sweep.Request(dataclasses.replace(chosen, config=config), (chosen.data,), seeds=(chosen.seed,))
+    request = dataclasses.replace(request, grid={"test_update": ("none", "sequential")})
+    none, sequential = sweep.run_request(request, metric="ordered_auroc")
+    trained = json.loads((video_run / "report.json").read_text())
+    for name in ("ordered_auroc", "ordered_auroc_video_protocol", "image_auroc"):
+        assert sequential[name] == pytest.approx(trained[name], abs=1e-6), name
+    assert none["ordered_auroc"] == none["image_auroc"] != sequential["ordered_auroc"]
 
 
 def test_settings_that_need_another_training_are_refused_at_eval(video_run, capsys):

@@ -176,6 +176,7 @@ def test_without_pyarrow_the_table_is_csv(finished, command, monkeypatch):
         (["--mesh", "run=64"], ["needs 64 devices", "the 4 devices here"]),
         (["--mesh", "data=3"], ["--mesh data=3: phase 'train' has batches of ", "Pass --mesh data="]),
         (["--workers", "-1"], ["--workers -1", "at least 0 workers"]),
+        (["--mesh", "run=2", "--workers", "2", "--data", "nowhere"], ["--mesh with --workers 2", "Leave --mesh out"]),
         (["--members", "0"], ["--members 0", "1 member at a time"]),
     ],
 )
@@ -188,6 +189,21 @@ def test_a_wrong_flag_is_one_line_before_any_work(capsys, tmp_path, monkeypatch,
     assert end.value.code == 2 and said == "" and "Traceback" not in errors
     assert errors.startswith("jaxad: ") and all(part in errors for part in expected), errors
     assert not list(tmp_path.iterdir())
+
+
+def test_each_of_several_processes_refuses_to_do_the_whole_sweep(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    step = {"SLURM_JOB_ID": "7", "SLURM_STEP_NODELIST": "n1", "SLURM_PROCID": "1", "SLURM_LOCALID": "1"}
+    for name, value in {**step, "SLURM_NTASKS": "4"}.items():
+        monkeypatch.setenv(name, value)
+    for workers in ("0", "2"):
+        with pytest.raises(SystemExit) as end:
+            main(["sweep", METHOD, "--data", "nowhere", "--workers", workers])
+        assert end.value.code == 2 and "sweep was started as 4 processes" in capsys.readouterr().err
+    monkeypatch.setenv("SLURM_NTASKS", "1")
+    with pytest.raises(SystemExit):
+        main(["sweep", METHOD, "--data", "nowhere"])
+    assert "nowhere: no such file" in capsys.readouterr().err
 
 
 def test_values_that_are_tuples_stand_in_parentheses():

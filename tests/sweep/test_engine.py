@@ -1,5 +1,6 @@
 """Sweeps of a small method: members equal lone runs, chunks fit the memory, killed sweeps go on."""
 
+import io
 import json
 import math
 import pathlib
@@ -14,10 +15,11 @@ import pytest
 import toy
 from conformance import CLOSE
 
-from jaxad import methods, metrics, score, shard, sweep, train
+from jaxad import members, methods, metrics, score, shard, sweep, train
 from jaxad.cli import main
 from jaxad.core import as_arrays
 from jaxad.data import load
+from jaxad.members import Programs
 from jaxad.sweep import engine, grid, member, stack
 from jaxad.sweep.folder import TIMINGS
 
@@ -107,12 +109,44 @@ def test_devices_and_ways_give_the_same_table(expected, run, data, way, mode):
     assert_equal_rows(table, expected, rel=1e-3, abs=1e-3)
 
 
+def test_devices_that_share_batches_share_calibration_and_scoring(monkeypatch):
+    flops, original = {}, Programs.compile
+
+    def compile_and_count(programs, label, *args, **options):
+        program = original(programs, label, *args, **options)
+        flops[label[0]] = program.cost_analysis()["flops"]
+        return program
+
+    def count(devices):
+        mesh = shard.make_mesh(data=devices, devices=jax.devices()[:devices])
+        sweep.run("toy", seeds=2, limits=sweep.Limits(mesh=mesh, way="vmap"), batch_size=9, **OPTIONS)
+        return dict(flops)
+
+    monkeypatch.setattr(Programs, "compile", compile_and_count)
+    one, three = count(1), count(3)
+    for label in ("holdout", "tally"):  # of 32 samples, or 33; pixels are counted by every device
+        assert one[label] / three[label] == pytest.approx(3, rel=0.15), label
+
+
 def test_members_are_grouped_by_what_is_compiled_in():
     everyone, _, groups = asked(grid={"noise": ["0.1", "0.3"], "steps": ["2", "3"]})
     assert [[one.index for one in group.members] for group in groups] == [[0, 1, 4, 5], [2, 3, 6, 7]]
     assert [group.members[0].cfg.steps for group in groups] == [2, 3]
     assert [one.seed for one in everyone] == [0, 1] * 4
     assert dict(everyone[6].axes) == {"noise": 0.3, "steps": 3}
+
+
+def test_values_from_numpy_ask_for_the_same_as_those_of_python(monkeypatch):
+    requests = []
+    monkeypatch.setattr(sweep.api, "run_request", lambda request, *rest, **options: requests.append(request.to_json()))
+    numbers = {"image_size": np.int64(16), "fpr": np.float64(0.02), "batch_size": np.int32(4)}
+    axes = {"steps": np.arange(2, 4), "noise": list(np.float32([0.25, 0.5])), "learning_rate": jnp.ones(1)}
+    sweep.run("toy", grid=axes, seeds=np.arange(3), normal_class=np.arange(2), **numbers)
+    sweep.run("toy", seeds=np.int64(2), normal_class=np.int64(1))
+    axes = {"steps": [2, 3], "noise": [0.25, 0.5], "learning_rate": [1.0]}
+    sweep.run("toy", grid=axes, seeds=[0, 1, 2], normal_class=[0, 1], image_size=16, fpr=0.02, batch_size=4)
+    sweep.run("toy", seeds=2, normal_class=1)
+    assert requests[:2] == requests[2:]
 
 
 # --- memory ---------------------------------------------------------------------------------------------------------
@@ -122,11 +156,48 @@ def test_what_does_not_fit_by_its_programs_is_computed_in_chunks(expected):
     one_device = shard.make_mesh(devices=jax.devices()[:1])
     _, library, (group,) = asked()
     work = engine._Work(toy.METHOD, group, library, engine.Limits(mesh=one_device), engine.Console(quiet=True))
-    # as much as three members need: eight go in three chunks of three, three and two
-    limits = engine.Limits(mesh=one_device, budget=work._need(3))
-    found = list(engine.compute_group(toy.METHOD, group, library, limits=limits))
-    assert [len(part.members) for part in found] == [3, 3, 2]
+    # as much as three members need: eight in chunks of three would leave a place empty, in chunks of two none
+    limits, said = engine.Limits(mesh=one_device, budget=work._need(3)), io.StringIO()
+    found = list(engine.compute_group(toy.METHOD, group, library, limits=limits, console=engine.Console(log=said)))
+    assert [len(part.members) for part in found] == [2, 2, 2, 2]
+    assert "8 members in 4 chunks of 2, to fit the memory: " in said.getvalue()
     assert_equal_rows([row for part in found for row in part.rows], expected, rel=1e-3, abs=1e-3)
+
+
+def test_maps_of_held_out_pictures_count_and_nothing_is_compiled_twice():
+    base = sweep.api.settings.Settings(method="toy", image_size=64, holdout=0.9, config={"steps": 1})
+    library, everyone = stack.Library(), grid.members_of(toy.METHOD, sweep.Request(base, seeds=(0,)))
+    (group,) = engine.groups_of(toy.METHOD, everyone, library)
+    work = engine._Work(toy.METHOD, group, library, engine.Limits(), engine.Console(quiet=True))
+    need, made = work._need(1), dict(work._programs(1)._made)
+    size = {label[0]: members.bytes_of(program) for (label, *_), program in made.items()}
+    assert size["calibrate"] > 2 * 230 * 64 * 64 * 4 and size["calibrate"] > max(size["step"], size["tally"])
+    assert need > size["calibrate"]  # the detector stays on the device beside it
+    work.compute(group.members, 1)
+    later = {label[0] for label, *_ in work._programs(1)._made.keys() - made.keys()}
+    assert later == {"init", "finish", "pixel"}
+
+
+@pytest.mark.parametrize(
+    ("total", "devices", "most", "size"),
+    [
+        *((16, 6, 16, 18), (8, 3, 8, 9), (20, 8, 20, 24), (20, 3, 20, 21), (16, 2, 16, 16)),  # all fit: one chunk
+        *((16, 6, 15, 12), (8, 3, 5, 3), (8, 3, 2, 3), (20, 4, 19, 12), (9, 1, 4, 3), (8, 1, 1, 1)),
+        (7, 1, 6, 4),  # 8 places; chunks of 6 and 5 have 12 and 10, and of 1, which have 7, would be small
+        (12, 1, 11, 6),
+    ],
+)
+def test_chunks_leave_few_places_empty(total, devices, most, size):
+    assert engine.spread(total, most, devices) == size
+
+
+def test_members_that_fit_are_computed_at_once_on_devices_that_do_not_divide_them(monkeypatch):
+    monkeypatch.setattr(engine._Work, "_need", lambda work, count: 0)
+    _, library, (group,) = asked()
+    for most, size, told in ((None, 9, "at once"), (8, 9, "at once"), (5, 3, "in 3 chunks of 3, as asked")):
+        limits, said = engine.Limits(mesh=shard.make_mesh(run=3), members=most), io.StringIO()
+        work = engine._Work(toy.METHOD, group, library, limits, engine.Console(log=said))
+        assert work.chunk_size() == size and f"8 members {told}: " in said.getvalue()
 
 
 @pytest.mark.parametrize("while_compiling", [True, False])

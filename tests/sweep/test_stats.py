@@ -68,7 +68,17 @@ def test_main_effects_average_each_seed_over_the_other_axes():
     assert stats.main_effects(stats.cells_of(ROWS[:2], ("rate",), "auroc"), ("rate",)) == {}
 
 
-def test_the_best_cell_has_the_highest_mean():
+def test_the_best_cell_has_the_highest_mean_of_those_with_the_most_seeds():
     cells = stats.cells_of(ROWS, ("rate", "items"), "auroc")
-    assert stats.best_cell(cells) == (2, 20)
-    assert stats.best_cell({(1,): {0: math.nan}}) is None
+    assert stats.best_cell(cells) == (2, 10)  # (2, 20) has 0.9, from the seed that did not diverge
+    one_left = {(1,): {0: 0.5, 1: math.nan}, (2,): {0: math.nan, 1: math.nan}, (3,): {0: math.nan, 1: 0.6}}
+    assert stats.best_cell(one_left) == (3,)
+    assert stats.best_cell({(1,): {0: math.nan}}) is None and stats.best_cell({}) is None
+
+
+def test_only_cells_of_one_data_set_are_alternatives():
+    cells = {("easy", 1): {0: 0.9}, ("hard", 1): {0: 0.5}, ("easy", 2): {0: 0.8}, ("hard", 2): {0: 0.6}}
+    parts = stats.data_sets(cells, ("data", "rate"))
+    assert [list(part) for part in parts] == [[("easy", 1), ("easy", 2)], [("hard", 1), ("hard", 2)]]
+    assert [stats.best_cell(part) for part in parts] == [("easy", 1), ("hard", 2)]
+    assert stats.data_sets({(1,): {0: 0.9}}, ("rate",)) == [{(1,): {0: 0.9}}]
