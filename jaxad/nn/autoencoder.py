@@ -6,21 +6,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 
 from jaxad.core import Array
 from jaxad.nn import init
 from jaxad.nn.conv import Conv, ConvTranspose
+from jaxad.nn.norm import BatchNorm
 
-
-def activate(name: str, x: Array) -> Array:
-    """Applies "relu" or "leaky_relu" (slope 0.2). Raises ValueError for another name."""
-    if name == "relu":
-        return jax.nn.relu(x)
-    if name == "leaky_relu":
-        return jax.nn.leaky_relu(x, 0.2)
-    raise ValueError(f"activation={name!r} is unknown; expected 'relu' or 'leaky_relu'. Pass activation='relu'.")
+SLOPES = {"relu": 0.0, "leaky_relu": 0.2}  # of activations, for negative values
 
 
 class NormActivate(nn.Module):
@@ -31,14 +24,12 @@ class NormActivate(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, *, train: bool) -> Array:
-        x = nn.BatchNorm(
-            use_running_average=not train,
-            momentum=0.9,
-            epsilon=1e-5,
-            scale_init=init.normal(0.02, mean=1.0),
-            dtype=self.dtype,
-        )(x)
-        return activate(self.activation, x)
+        if self.activation not in SLOPES:
+            raise ValueError(
+                f"activation={self.activation!r} is unknown; expected one of {tuple(SLOPES)}. Pass activation='relu'."
+            )
+        scale_init = init.normal(0.02, mean=1.0)
+        return BatchNorm(SLOPES[self.activation], scale_init=scale_init, dtype=self.dtype)(x, train=train)
 
 
 class Encoder(nn.Module):
