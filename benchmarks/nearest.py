@@ -9,7 +9,7 @@ scikit-learn compute products slice by slice, the former with the place of each 
 `--vectors FILE.npz` takes `bank` and `queries` from a file, such as embeddings of pictures, whose dimension is lower
 than that of noise. Distances are compared with a float64 NumPy version.
 
-Expected on two cores: 4 times torch and more, at 60-80 % of the rate of a square product.
+On record for two cores: 2.8 times as fast as torch, at 44 % of the rate of a square product, in bfloat16 at 70 %.
 """
 
 import argparse
